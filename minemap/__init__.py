@@ -1,0 +1,1 @@
+"""Maps the footprint of mining from Sentinel-2."""

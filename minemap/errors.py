@@ -1,0 +1,39 @@
+"""Everything minemap raises on purpose: one base class, a leaf per kind of failure.
+
+A message is one line: what happened, with which value, and what to do instead. The command line prints it
+and exits with the class's `status`.
+"""
+
+from __future__ import annotations
+
+
+class MinemapError(Exception):
+    """Base of all errors that a user can do something about."""
+
+    status = 1  # exit status of the command line
+
+
+class InputError(MinemapError):
+    """An argument that can never work: a box, a date, a name, a number out of range."""
+
+    status = 2
+
+
+class CatalogueError(MinemapError):
+    """A STAC source that cannot be reached or read, or that answers something else than STAC."""
+
+
+class NoItemsError(CatalogueError):
+    """The search found nothing, or the filters removed everything."""
+
+
+class ReadError(MinemapError):
+    """An asset that could not be read, or that is not allowed to be opened."""
+
+
+class CheckpointError(MinemapError):
+    """A model that does not exist, or whose bytes are not those its checksum promises."""
+
+
+class StoreError(MinemapError):
+    """An output that is not ours, is not writable, or was made with other parameters."""

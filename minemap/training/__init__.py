@@ -1,0 +1,1 @@
+"""From labels to checkpoints: chips, losses, metrics, the loop."""
