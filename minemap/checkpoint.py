@@ -1,0 +1,253 @@
+"""Checkpoints: weights as safetensors, a readable recipe beside them, and checksums over both.
+
+A checkpoint is a folder of three files, `weights.safetensors`, `recipe.json` and `SHA256SUMS` (readable by
+`sha256sum --check`). Nothing is ever unpickled, and nothing is used before both checksums agree: safetensors
+has no checksum of its own. Every constant that training and mapping share lives in the recipe.
+
+torch is imported inside functions only, so that `minemap --help` and `--dry-run` stay fast.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minemap.errors import CheckpointError, InputError
+from minemap.sentinel2 import BANDS
+
+if TYPE_CHECKING:
+    import torch
+
+DEFAULT_MODEL = "south-america-2026"
+WEIGHTS, RECIPE, SUMS = "weights.safetensors", "recipe.json", "SHA256SUMS"
+BUNDLED = Path(__file__).parent / "weights"
+# Indices that a network may take after its bands: name -> (plus, minus), the index is (p - m) / (p + m).
+DERIVED = {"ndvi": ("nir", "red")}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a network was trained on and how it must be fed: the carbon copy that mapping reads."""
+
+    name: str
+    architecture: str  # a name that minemap.models.build knows
+    options: dict[str, Any]  # keyword arguments of the network's constructor
+    bands: tuple[str, ...]  # bands that are read, in the network's order
+    mean: tuple[float, ...]  # per band, then per derived index; unit of reflectance (0-1)
+    std: tuple[float, ...]
+    threshold: float  # probability from which a pixel counts as mine, 0-1
+    threshold_rule: str = "not chosen"
+    derived: tuple[str, ...] = ()  # indices computed from the bands, appended after them
+    window: int = 256  # side of a window's core, pixels
+    halo: int = 32  # context on each side of the core, pixels
+    stride: int = 32  # the network's stride: heights and widths are multiples of it
+    resolution: float = 10.0  # metres per pixel
+    composite: dict[str, Any] = field(default_factory=lambda: {"method": "median"})
+    classes: tuple[str, ...] = ("mine",)
+    training: dict[str, Any] = field(default_factory=dict)  # data, configuration, seed, ImageNet or not
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("bands", "mean", "std", "derived", "classes"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        problems = [message for holds, message in self._checks() if not holds]
+        if problems:
+            raise CheckpointError(f"recipe of {self.name!r} is not valid: {problems[0]}")
+
+    def _checks(self) -> list[tuple[bool, str]]:
+        channels = len(self.bands) + len(self.derived)
+        return [
+            (bool(self.bands) and set(self.bands) <= set(BANDS), f"bands {self.bands}, known: {BANDS}"),
+            (len(set(self.bands)) == len(self.bands), f"bands {self.bands} repeat one"),
+            (set(self.derived) <= set(DERIVED), f"derived {self.derived}, known: {tuple(DERIVED)}"),
+            (len(self.mean) == len(self.std) == channels, f"mean and std need {channels} values each"),
+            (all(s > 0 for s in self.std), f"std {self.std} must be above 0"),
+            (0 <= self.threshold <= 1, f"threshold {self.threshold} must lie in 0-1"),
+            (self.stride > 0, f"stride {self.stride} must be above 0"),
+            (self.window % max(self.stride, 1) == 0, f"window {self.window} is no multiple of the stride"),
+            (self.halo >= 0 and 2 * self.halo % max(self.stride, 1) == 0, f"halo {self.halo} is off-stride"),
+            (self.resolution > 0, f"resolution {self.resolution} must be above 0"),
+        ]
+
+    def normalise(self, reflectance: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Scale reflectance to what the network takes.
+
+        `reflectance`: float32 (..., band, y, x), bands in the recipe's order, NaN = absent (a missing band is
+        a band of NaN). Returns float32 (..., band + derived, y, x), (x - mean) / std, 0 where absent.
+        """
+        channels = np.concatenate([reflectance, *self._indices(reflectance)], axis=-3)
+        mean, std = (np.array(v, np.float32)[:, None, None] for v in (self.mean, self.std))
+        scaled = (channels - mean) / std
+        return np.where(np.isfinite(scaled), scaled, 0).astype(np.float32, copy=False)
+
+    def _indices(self, reflectance: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+        return [index(reflectance, name, self.bands) for name in self.derived]
+
+
+def index(reflectance: NDArray[np.float32], name: str, bands: tuple[str, ...]) -> NDArray[np.float32]:
+    """A derived index as a band of its own, float32 (..., 1, y, x), NaN where it is not defined."""
+    plus, minus = (reflectance[..., [bands.index(b)], :, :] for b in DERIVED[name])
+    total = plus + minus
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(total > 0, (plus - minus) / total, np.nan).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint: its recipe, where it is, and one hash that identifies it.
+
+    Holds no weights, so it is cheap to send to workers; `network()` reads and verifies them there.
+    """
+
+    recipe: Recipe
+    path: Path
+    sha256: str
+
+    def network(self) -> torch.nn.Module:
+        """The network in evaluation mode, float32, gradients off, on the CPU."""
+        if identity(verify(self.path)) != self.sha256:
+            raise CheckpointError(f"{self.path} holds another model than when it was loaded: load it again")
+        network = _build(self.recipe)
+        _load_weights(network, self.path / WEIGHTS)
+        return network.eval().requires_grad_(False)
+
+
+def load_model(name_or_path: str | Path | None = None) -> Checkpoint:
+    """A bundled model by name, or a checkpoint by its folder or by a file inside it; None is the default."""
+    folder = _find(DEFAULT_MODEL if name_or_path is None else name_or_path)
+    sums = verify(folder)
+    return Checkpoint(read_recipe(folder / RECIPE), folder, identity(sums))
+
+
+def available() -> list[str]:
+    """Names of the bundled models."""
+    return sorted(p.parent.name for p in BUNDLED.glob(f"*/{SUMS}"))
+
+
+def _find(name_or_path: str | Path) -> Path:
+    path = Path(name_or_path)
+    if str(name_or_path) in available():
+        return BUNDLED / str(name_or_path)
+    if path.is_dir():
+        return path.resolve()
+    if path.is_file() and path.name in (WEIGHTS, RECIPE, SUMS):
+        return path.parent.resolve()
+    known = ", ".join(available()) or "none"
+    raise CheckpointError(
+        f"no model {str(name_or_path)!r}: give a folder with a checkpoint or one of: {known}"
+    )
+
+
+def verify(folder: Path) -> str:
+    """The text of the folder's checksum file, once it is byte for byte what its files' checksums say."""
+    stored = _read(folder / SUMS)
+    for name in (WEIGHTS, RECIPE):
+        if _line(folder / name).encode() not in stored.splitlines(keepends=True):
+            raise CheckpointError(
+                f"{folder / name} does not match {SUMS}: the model is damaged, fetch it again"
+            )
+    expected = checksums(folder)
+    if stored != expected.encode():
+        raise CheckpointError(f"{folder / SUMS} is not a checksum file of this model: fetch the model again")
+    return expected
+
+
+def checksums(folder: Path) -> str:
+    """What a checkpoint's checksum file must hold: one line a file, as `sha256sum` writes them."""
+    return "".join(_line(folder / name) for name in (WEIGHTS, RECIPE))
+
+
+def identity(sums: str) -> str:
+    """One hash for the whole checkpoint: the sha256 of its checksum file."""
+    return hashlib.sha256(sums.encode()).hexdigest()
+
+
+def _line(path: Path) -> str:
+    return f"{hashlib.sha256(_read(path)).hexdigest()}  {path.name}\n"
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error.strerror}): not a complete checkpoint"
+        ) from error
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The recipe in a JSON file."""
+    try:
+        values = json.loads(_read(path).decode())
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON ({error}): not a checkpoint's recipe") from error
+    known = {f.name for f in fields(Recipe)}
+    if not isinstance(values, dict) or not set(values) <= known:
+        raise CheckpointError(f"{path} is no recipe: keys must be among {', '.join(sorted(known))}")
+    try:
+        return Recipe(**values)
+    except TypeError as error:
+        raise CheckpointError(f"{path} is no recipe: {error}") from error
+
+
+def save(folder: str | Path, network: torch.nn.Module, recipe: Recipe) -> Checkpoint:
+    """Write a checkpoint folder and return it, loaded; an older one there is replaced.
+
+    Kernels are stored as float16 (relative error at most 2^-11 for weights above 6e-5), everything with fewer
+    than two dimensions (norms, biases) as float32. Written beside its place first, then renamed.
+    """
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    save_file({k: _compact(v) for k, v in network.state_dict().items()}, draft / WEIGHTS)
+    (draft / RECIPE).write_text(json.dumps(asdict(recipe), indent=1) + "\n")
+    (draft / SUMS).write_text(checksums(draft))
+    _replace(draft, folder)
+    return load_model(folder)
+
+
+def _replace(draft: Path, folder: Path) -> None:
+    for kept in folder.glob("*.md"):  # the card, written by hand
+        shutil.copy2(kept, draft)
+    draft.chmod(0o755)
+    shutil.rmtree(folder, ignore_errors=True)
+    draft.rename(folder)
+
+
+def _compact(tensor: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    kernel = tensor.is_floating_point() and tensor.dim() > 1
+    return tensor.detach().cpu().to(torch.float16 if kernel else tensor.dtype).contiguous()
+
+
+def _build(recipe: Recipe) -> torch.nn.Module:
+    from minemap import models
+
+    try:
+        return models.build(recipe.architecture, **recipe.options)
+    except (TypeError, ValueError, KeyError, InputError) as error:
+        raise CheckpointError(
+            f"recipe of {recipe.name!r} describes no network we can build: {error}"
+        ) from error
+
+
+def _load_weights(network: torch.nn.Module, path: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        network.load_state_dict(load_file(path))
+    except (SafetensorError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise CheckpointError(f"{path} does not fit the network of its recipe: {reason}") from error

@@ -1,0 +1,235 @@
+"""MineC2FNet: a coarse-to-fine student with a frozen teacher's encoder inside (papers/minec2fnet.txt, 4.3).
+
+Teacher: FPN with a DenseNet-121 encoder. Student: two encoders of that shape on the same input, its own and
+the teacher's, the latter frozen. On each of the four feature levels that the decoder takes (strides 4, 8, 16,
+32; 256, 512, 1024, 1024 channels): gated fusion of the two, CBAM, diffusion refinement. Then the FPN decoder.
+
+What the paper leaves open, and our choice:
+- Width of the refinement: the encoder's own, with grouped 3x3 convolutions of 16 channels a group (a full
+  one at 1024 channels has 9.4 M parameters a step). So the decoder keeps the shape of the teacher's.
+- The attention multiplies by 2 * sigmoid, and its last layers and those of the refinement start at zero: all
+  new parts start as the identity, and a student started from its teacher starts exactly as the teacher.
+- The attention pools over observed pixels only (those where not every input channel is 0): how much of a
+  window is missing must not change the answer for the rest.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import segmentation_models_pytorch as smp
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+LEVELS = 4  # feature levels that the FPN decoder takes
+
+
+def teacher_network(
+    in_channels: int = 6, *, encoder: str = "densenet121", imagenet: bool = False
+) -> nn.Module:
+    """The teacher: FPN on a DenseNet-121 encoder, (N, C, H, W) -> logits (N, 1, H, W)."""
+    weights = "imagenet" if imagenet else None
+    network: Any = smp.FPN(encoder, encoder_weights=weights, in_channels=in_channels, classes=1)
+    return network
+
+
+class GatedFusion(nn.Module):
+    """fused = g * student + (1 - g) * teacher, g = sigmoid(conv1x1([student, teacher])), one gate a pixel."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(2, 1, channels))  # student's half, teacher's half
+        self.bias = nn.Parameter(torch.zeros(1))
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """(N, C, h, w) twice -> (N, C, h, w). The convolution as two products: six times faster on a CPU."""
+        halves = [torch.matmul(w, x.flatten(2)) for w, x in zip(self.weight, (student, teacher), strict=True)]
+        gate = torch.sigmoid(halves[0] + halves[1] + self.bias).to(student.dtype)
+        return torch.lerp(teacher, student, gate.view(len(student), 1, *student.shape[2:]).expand_as(student))
+
+
+class ChannelAttention(nn.Module):
+    """One weight a channel from a shared MLP over the average- and the max-pooled vector."""
+
+    def __init__(self, channels: int, reduction: int = 16) -> None:
+        super().__init__()
+        hidden = channels // reduction
+        self.mlp = nn.Sequential(nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, channels))
+        _zero(self.mlp[-1])
+
+    def forward(self, x: Tensor, observed: Tensor) -> Tensor:
+        average, largest = observed_average(x, observed), observed_max(x, observed)
+        weight = 2 * torch.sigmoid(self.mlp(average) + self.mlp(largest))
+        return x * weight[:, :, None, None]
+
+
+class SpatialAttention(nn.Module):
+    """One weight a pixel from a 7x7 convolution over the channels' mean and maximum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 1, kernel_size=7, padding=3)
+        _zero(self.conv)
+
+    def forward(self, x: Tensor) -> Tensor:
+        summary = torch.cat([channel_mean(x), x.amax(dim=1, keepdim=True).to(x.dtype)], dim=1)
+        return x * (2 * torch.sigmoid(self.conv(summary)))
+
+
+class CBAM(nn.Module):
+    """Convolutional block attention: channels, then space (Woo et al. 2018)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channel = ChannelAttention(channels)
+        self.spatial = SpatialAttention()
+
+    def forward(self, x: Tensor, observed: Tensor) -> Tensor:
+        return self.spatial(self.channel(x, observed))
+
+
+class Refinement(nn.Module):
+    """Diffusion refinement: `steps` times F <- F + CBAM(conv3x3(F)), each step with weights of its own."""
+
+    def __init__(self, channels: int, *, steps: int, group_width: int) -> None:
+        super().__init__()
+        groups = channels // group_width
+        self.convs = nn.ModuleList(
+            nn.Conv2d(channels, channels, kernel_size=3, padding=1, groups=groups) for _ in range(steps)
+        )
+        self.attentions = nn.ModuleList(CBAM(channels) for _ in range(steps))
+        for conv in self.convs:
+            _zero(conv)
+
+    def forward(self, x: Tensor, observed: Tensor) -> Tensor:
+        for conv, attention in zip(self.convs, self.attentions, strict=True):
+            x = x + attention(conv(x), observed)
+        return x
+
+
+class Level(nn.Module):
+    """What happens to one feature level before the decoder: fusion, CBAM, refinement, each if switched on."""
+
+    def __init__(
+        self, channels: int, *, gated_fusion: bool, cbam: bool, refinement: bool, steps: int, group_width: int
+    ) -> None:
+        super().__init__()
+        self.fusion = GatedFusion(channels) if gated_fusion else None
+        self.cbam = CBAM(channels) if cbam else None
+        self.refinement = Refinement(channels, steps=steps, group_width=group_width) if refinement else None
+
+    def forward(self, student: Tensor, teacher: Tensor | None, observed: Tensor) -> Tensor:
+        x = student if self.fusion is None else self.fusion(student, teacher)
+        x = x if self.cbam is None else self.cbam(x, observed)
+        return x if self.refinement is None else self.refinement(x, observed)
+
+
+class MineC2FNet(nn.Module):
+    """The student, which at inference is the whole network: (N, C, H, W) -> logits (N, 1, H, W).
+
+    Input normalised, 0 = absent; H and W multiples of 32. With `gated_fusion` off no teacher features are
+    injected and there is no frozen encoder; with all three parts off it is the plain FPN.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 6,
+        *,
+        encoder: str = "densenet121",
+        gated_fusion: bool = True,
+        cbam: bool = True,
+        refinement: bool = True,
+        steps: int = 3,
+        group_width: int = 16,
+    ) -> None:
+        super().__init__()
+        student: Any = teacher_network(in_channels, encoder=encoder)
+        self.encoder: Any = student.encoder
+        self.decoder: nn.Module = student.decoder
+        self.head: nn.Module = student.segmentation_head
+        frozen: Any = teacher_network(in_channels, encoder=encoder) if gated_fusion else None
+        self.teacher_encoder: nn.Module | None = frozen.encoder if gated_fusion else None
+        self.levels = nn.ModuleList(
+            Level(
+                channels,
+                gated_fusion=gated_fusion,
+                cbam=cbam,
+                refinement=refinement,
+                steps=steps,
+                group_width=group_width,
+            )
+            for channels in self.encoder.out_channels[-LEVELS:]
+        )
+        self._freeze()
+
+    def _freeze(self) -> None:
+        if self.teacher_encoder is not None:
+            self.teacher_encoder.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> MineC2FNet:
+        """As usual, except that the teacher's encoder stays in evaluation mode: its statistics never move."""
+        super().train(mode)
+        self._freeze()
+        return self
+
+    def start_from(self, teacher: Any, *, fresh: bool = False) -> MineC2FNet:
+        """Take the teacher's encoder as the frozen one and, unless `fresh`, its weights as our own start."""
+        if self.teacher_encoder is not None:
+            self.teacher_encoder.load_state_dict(teacher.encoder.state_dict())
+        if not fresh:
+            self.encoder.load_state_dict(teacher.encoder.state_dict())
+            self.decoder.load_state_dict(teacher.decoder.state_dict())
+            self.head.load_state_dict(teacher.segmentation_head.state_dict())
+        return self
+
+    def teacher_features(self, x: Tensor) -> list[Tensor] | None:
+        """The frozen encoder's features, without gradients; the whole teacher's decoder can take them too."""
+        if self.teacher_encoder is None:
+            return None
+        with torch.no_grad():
+            return self.teacher_encoder(x)
+
+    def forward(self, x: Tensor, teacher: list[Tensor] | None = None) -> Tensor:
+        """`teacher`: what `teacher_features` gave for the same input, where it is at hand already."""
+        frozen = self.teacher_features(x) if teacher is None else teacher
+        own = self.encoder(x)[-LEVELS:]
+        others = [None] * LEVELS if frozen is None else frozen[-LEVELS:]
+        observed = (x != 0).any(dim=1, keepdim=True)
+        fused = [
+            level(student, other, observed_at(observed, student))
+            for level, student, other in zip(self.levels, own, others, strict=True)
+        ]
+        return self.head(self.decoder(fused))
+
+
+def observed_at(observed: Tensor, feature: Tensor) -> Tensor:
+    """Which positions of a feature map saw at least one observed pixel: (N, 1, H, W) -> (N, 1, h, w), 0 or 1.
+
+    Where a sample has none at all, all count, so that nothing divides by zero.
+    """
+    seen = F.adaptive_max_pool2d(observed.to(feature.dtype), feature.shape[-2:])
+    return torch.where(seen.amax(dim=(2, 3), keepdim=True) > 0, seen, torch.ones_like(seen))
+
+
+def observed_average(x: Tensor, observed: Tensor) -> Tensor:
+    """Mean over the observed positions, (N, C, h, w) -> (N, C). As a product: mean() is ten times slower."""
+    total = torch.matmul(x.flatten(2), observed.to(x.dtype).flatten(2).mT)[:, :, 0]
+    return total / observed.sum(dim=(2, 3))
+
+
+def observed_max(x: Tensor, observed: Tensor) -> Tensor:
+    """Maximum over the observed positions, (N, C, h, w) -> (N, C)."""
+    lowest = torch.finfo(torch.bfloat16).min / 4  # finite in sums, below any activation
+    return F.adaptive_max_pool2d(x + (1 - observed.to(x.dtype)) * lowest, 1)[:, :, 0, 0]
+
+
+def channel_mean(x: Tensor) -> Tensor:
+    """Mean over the channels, (N, C, h, w) -> (N, 1, h, w)."""
+    weights = x.new_full((len(x), 1, x.shape[1]), 1 / x.shape[1])
+    return torch.matmul(weights, x.flatten(2)).view(len(x), 1, *x.shape[2:])
+
+
+def _zero(layer: nn.Module) -> None:
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)

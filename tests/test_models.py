@@ -1,0 +1,159 @@
+"""Networks: shapes, size, the frozen encoder, the identity start, and each part against its definition."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from minemap import models
+from minemap.errors import InputError
+from minemap.models.minec2fnet import (
+    CBAM,
+    GatedFusion,
+    MineC2FNet,
+    Refinement,
+    channel_mean,
+    observed_at,
+    observed_average,
+    observed_max,
+    teacher_network,
+)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def _shake(network: torch.nn.Module, scale: float = 0.05) -> None:
+    for p in network.parameters():
+        p.data += scale * torch.randn_like(p)
+
+
+@pytest.mark.parametrize("architecture", models.ARCHITECTURES)
+def test_contract(architecture: str) -> None:
+    network = models.build(architecture, in_channels=6).eval().to(memory_format=torch.channels_last)
+    x = torch.randn(2, 6, 64, 96)
+    with torch.no_grad():
+        logits = network(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            rough = network(x.to(memory_format=torch.channels_last))
+    assert logits.shape == (2, 1, 64, 96)
+    assert logits.dtype == torch.float32
+    assert torch.isfinite(logits).all()
+    assert (rough.float() - logits).abs().max() < 0.3 * logits.std() + 0.05
+
+
+def test_unknown_architecture_names_the_known() -> None:
+    with pytest.raises(InputError, match="minec2fnet"):
+        models.build("surprise")
+
+
+def test_whole_network_is_below_25_million_parameters() -> None:
+    assert sum(p.numel() for p in MineC2FNet().parameters()) < 25e6
+
+
+@pytest.mark.parametrize("parts", [(0, 0, 0), (1, 0, 0), (1, 1, 0), (1, 1, 1), (0, 1, 1)])
+def test_starts_as_its_teacher(parts: tuple[int, int, int]) -> None:
+    teacher = teacher_network().eval()
+    switches = dict(zip(("gated_fusion", "cbam", "refinement"), map(bool, parts), strict=True))
+    student = MineC2FNet(**switches).start_from(teacher).eval()
+    x = torch.randn(2, 6, 64, 64)
+    x[0, :, :40] = 0
+    with torch.no_grad():
+        assert torch.allclose(student(x), teacher(x), atol=1e-5)
+
+
+def test_all_off_is_the_plain_fpn() -> None:
+    student = MineC2FNet(gated_fusion=False, cbam=False, refinement=False)
+    assert sum(p.numel() for p in student.parameters()) == sum(
+        p.numel() for p in teacher_network().parameters()
+    )
+
+
+def test_frozen_encoder_never_moves() -> None:
+    teacher = teacher_network()
+    before = {k: v.clone() for k, v in teacher.encoder.state_dict().items()}
+    student = MineC2FNet().start_from(teacher, fresh=True).train()
+    optimiser = torch.optim.AdamW(student.parameters(), lr=1e-2)
+    for _ in range(3):
+        optimiser.zero_grad()
+        student(torch.randn(2, 6, 64, 64)).square().mean().backward()
+        optimiser.step()
+    assert student.training
+    assert not student.teacher_encoder.training
+    assert all(p.grad is None for p in student.teacher_encoder.parameters())
+    after = student.teacher_encoder.state_dict()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    moved = student.encoder.state_dict()
+    assert not all(torch.equal(before[k], moved[k]) for k in before)
+
+
+def test_given_teacher_features_change_nothing() -> None:
+    student = MineC2FNet().eval()
+    _shake(student.levels)
+    x = torch.randn(1, 6, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(student(x), student(x, student.teacher_features(x)))
+
+
+def test_gated_fusion_is_a_convolution() -> None:
+    fusion = GatedFusion(8)
+    _shake(fusion, 1)
+    a, b = torch.randn(2, 8, 5, 6), torch.randn(2, 8, 5, 6)
+    gate = torch.sigmoid(F.conv2d(torch.cat([a, b], 1), fusion.weight.reshape(1, 16, 1, 1), fusion.bias))
+    assert torch.allclose(fusion(a, b), gate * a + (1 - gate) * b, atol=1e-5)
+
+
+def test_cbam_against_numpy() -> None:
+    cbam = CBAM(32)
+    _shake(cbam, 0.5)
+    x = torch.randn(1, 32, 4, 5)
+    v = x[0].numpy()
+    w1, b1, w2, b2 = (p.detach().numpy() for p in cbam.channel.mlp.parameters())
+    mlp = lambda vector: w2 @ np.maximum(w1 @ vector + b1, 0) + b2  # noqa: E731
+    twice_sigmoid = lambda z: 2 / (1 + np.exp(-z))  # noqa: E731
+    v = v * twice_sigmoid(mlp(v.mean((1, 2))) + mlp(v.max((1, 2))))[:, None, None]
+    summary = np.pad(np.stack([v.mean(0), v.max(0)]), ((0, 0), (3, 3), (3, 3)))
+    kernel, bias = (p.detach().numpy() for p in cbam.spatial.conv.parameters())
+    space = [[(summary[:, i : i + 7, j : j + 7] * kernel[0]).sum() for j in range(5)] for i in range(4)]
+    expected = v * twice_sigmoid(np.array(space) + bias)
+    answer = cbam(x, torch.ones(1, 1, 4, 5)).detach().numpy()[0]
+    assert np.allclose(answer, expected, atol=1e-4)
+
+
+def test_refinement_is_repeated_residual() -> None:
+    refinement = Refinement(32, steps=2, group_width=16)
+    _shake(refinement, 0.2)
+    x, observed = torch.randn(1, 32, 6, 6), torch.ones(1, 1, 6, 6)
+    expected = x
+    for conv, attention in zip(refinement.convs, refinement.attentions, strict=True):
+        expected = expected + attention(
+            F.conv2d(expected, conv.weight, conv.bias, padding=1, groups=2), observed
+        )
+    assert torch.allclose(refinement(x, observed), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_pooling_looks_at_observed_positions_only(memory_format: torch.memory_format) -> None:
+    x = torch.randn(2, 5, 6, 7).contiguous(memory_format=memory_format)
+    observed = torch.zeros(2, 1, 6, 7)
+    observed[:, :, 2:5, 1:4] = 1
+    assert torch.allclose(observed_average(x, observed), x[:, :, 2:5, 1:4].mean((2, 3)), atol=1e-6)
+    assert torch.allclose(observed_max(x, observed), x[:, :, 2:5, 1:4].amax((2, 3)))
+    assert torch.allclose(channel_mean(x), x.mean(1, keepdim=True), atol=1e-6)
+
+
+def test_nothing_observed_is_finite() -> None:
+    feature = torch.randn(2, 4, 2, 2)
+    observed = torch.zeros(2, 1, 64, 64, dtype=torch.bool)
+    observed[1, 0, 40, 3] = True
+    seen = observed_at(observed, feature)
+    assert seen[0].sum() == 4
+    assert seen[1].flatten().tolist() == [0, 0, 1, 0]
+    student = MineC2FNet().eval()
+    _shake(student.levels)
+    with torch.no_grad():
+        assert torch.isfinite(student(torch.zeros(1, 6, 64, 64))).all()
