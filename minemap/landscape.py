@@ -46,7 +46,7 @@ SPECTRA: dict[str, tuple[float, ...]] = {
     "crop":        (0.028, 0.066, 0.036, 0.440, 0.195, 0.095),
     "rock":        (0.082, 0.098, 0.114, 0.142, 0.178, 0.168),
     "waste":       (0.118, 0.142, 0.172, 0.208, 0.252, 0.232),
-    "tailings":    (0.340, 0.385, 0.425, 0.455, 0.450, 0.390),
+    "tailings":    (0.300, 0.345, 0.382, 0.410, 0.405, 0.355),
     "slurry":      (0.150, 0.178, 0.196, 0.190, 0.150, 0.110),
     "turquoise":   (0.098, 0.150, 0.112, 0.048, 0.010, 0.006),
     "milky":       (0.092, 0.140, 0.172, 0.098, 0.020, 0.012),
@@ -88,9 +88,7 @@ def noise(rng: np.random.Generator, shape: Shape, scale: float) -> Array:
     return np.ascontiguousarray((across @ (down @ lattice).T).T)
 
 
-def fbm(
-    rng: np.random.Generator, shape: Shape, scale: float, octaves: int = 5, *, gain: float = 0.55
-) -> Array:
+def fbm(rng: np.random.Generator, shape: Shape, scale: float, octaves: int = 5, *, gain: float = 0.55) -> Array:
     """Fractal noise: octaves of `noise`, scaled to mean 0 and standard deviation 1."""
     total = noise(rng, shape, scale)
     for i in range(1, octaves):
@@ -125,18 +123,24 @@ def _meander(rng: np.random.Generator, length: float) -> Array:
     wavelength = rng.uniform(150, 210)
     s = np.arange(int(2.2 * length + 4 * wavelength))
     wander = noise(rng, (s.size, 1), 3 * wavelength)[:, 0]
-    phase = np.cumsum(2 * np.pi / wavelength * (1 + 0.5 * wander)) + rng.uniform(0, 6)
-    heading = (1.15 + 0.5 * np.roll(wander, 50)) * np.sin(phase) + 0.7 * np.roll(wander, 300)
+    phase = np.cumsum(2 * np.pi / wavelength * (1 + 0.4 * np.clip(wander, -0.8, 0.8))) + rng.uniform(0, 6)
+    sweep = np.clip(1.3 + 0.7 * np.roll(wander, 50), 0.5, 1.75)
+    heading = sweep * np.sin(phase) + 0.25 * np.sin(2 * phase + 1) + 0.7 * np.roll(wander, 300)
     points = np.stack([np.cumsum(np.cos(heading)), np.cumsum(np.sin(heading))], 1)
     return (points[points[:, 0] < length]).astype(np.float32)
 
 
-def draw(paths: list[Array], widths: list[float], shape: Shape) -> Lines:
+def _breadth(rng: np.random.Generator, n: int) -> Array:
+    """How a channel widens and narrows along its points, (n,), around 1."""
+    return (1 + np.float32(0.22) * noise(rng, (n, 1), 60)[:, 0]).clip(0.7)
+
+
+def draw(paths: list[Array], widths: list[Array], shape: Shape) -> Lines:
     """Distance, half width and side of the bend for every pixel, from paths of (x, y) points."""
     points = np.concatenate(paths)
     step = np.concatenate([np.gradient(path, axis=0) for path in paths])
     turn = np.concatenate([_curvature(path) for path in paths])
-    width = np.concatenate([np.full(len(p), w, np.float32) for p, w in zip(paths, widths, strict=True)])
+    width = np.concatenate(widths)
     at = np.round(points[:, ::-1]).astype(int)
     inside = ((at >= 0) & (at < shape)).all(1)
     which = np.full(shape, -1, np.int32)
@@ -167,13 +171,13 @@ def _rivers(seed: int, shape: Shape) -> Lines:
     n = max(1, round(across / 1200))
     starts = [across * (i + rng.uniform(0.3, 0.7)) / n for i in range(n)]
     paths = [_meander(rng, along) + np.array([0, start], np.float32) for start in starts]
-    widths = [float(rng.uniform(4.5, 6.5)) for _ in starts]
+    widths = [np.float32(rng.uniform(4.5, 6.5)) * _breadth(rng, len(path)) for path in paths]
     for i in range(max(1, round(along * across / 5e5))):
         middle = paths[i % n][rng.integers(len(paths[i % n]))] + rng.uniform(-45, 45, 2)
         angle = np.arange(0, 4.2, 0.04) + rng.uniform(0, 6)
         ring = rng.uniform(13, 20) * np.stack([np.cos(angle), 0.8 * np.sin(angle)], 1)
         paths.append((middle + ring).astype(np.float32))
-        widths.append(2.6)
+        widths.append(np.full(len(ring), 2.6, np.float32))
     return draw([path[:, ::-1] if upright else path for path in paths], widths, shape)
 
 
@@ -286,31 +290,31 @@ def _pond(rng: np.random.Generator, spot: NDArray[Any], radius: float, opened: f
     return Lobe("pond", *ends, radius, opened, 5.0, int(rng.integers(2**31)))
 
 
-def _mines(seed: int, sites: list[Point], shape: Shape, share: float) -> tuple[Lobe, ...]:
+def _mines(seed: int, sites: list[Point], dry: NDArray[np.bool_], share: float) -> tuple[Lobe, ...]:
     """Lobes of all mines, sized so that they cover `share` of the scene in 2024. The first is an old pit."""
 
-    def plan(unit: float) -> list[Lobe]:
-        lobes = []
+    def plan(unit: float) -> tuple[Lobe, ...]:
+        lobes: list[Lobe] = []
         for i, site in enumerate(sites):
             rng = stream(seed, "mine", i)
             make = _pit_mine if i % 2 == 0 else _alluvial_mine
             lobes += make(rng, np.array(site), unit * rng.uniform(0.8, 1.2), rng.uniform(2009, 2016))
-        return lobes
+        return tuple(lobes)
 
-    unit = float(np.sqrt(share * shape[0] * shape[1] / len(sites)))
+    unit = float(np.sqrt(share * dry.size / len(sites)))
     for _ in range(3):
-        unit *= float(np.clip(np.sqrt(share / max(footprint(plan(unit), shape, 2024).mean(), 1e-4)), 0.5, 2))
-    return tuple(plan(unit))
+        unit *= float(np.clip(np.sqrt(share / max(footprint(plan(unit), dry, 2024).mean(), 1e-4)), 0.5, 2))
+    return plan(unit)
 
 
-def footprint(lobes: tuple[Lobe, ...] | list[Lobe], shape: Shape, year: int) -> NDArray[np.bool_]:
-    """Truth of a year, (y, x): True on the ground of a mine."""
-    mine = np.zeros(shape, bool)
+def footprint(lobes: tuple[Lobe, ...], dry: NDArray[np.bool_], year: int) -> NDArray[np.bool_]:
+    """Truth of a year, (y, x): True on the ground of a mine. Rivers, where `dry` is False, run on."""
+    mine = np.zeros(dry.shape, bool)
     for lobe in lobes:
         if (reach := lobe.reach(year)) > 0:
-            window, level = lobe.level(shape)
+            window, level = lobe.level(dry.shape)
             mine[window] |= level < reach
-    return mine
+    return mine & dry
 
 
 def _pit(level: Array, reach: float, texture: Array, rng: np.random.Generator) -> Array:
@@ -327,8 +331,10 @@ def _waste(level: Array, reach: float, texture: Array, rng: np.random.Generator)
 
 
 def _tailings(level: Array, reach: float, texture: Array, rng: np.random.Generator) -> Array:
-    """A smooth, very bright beach, wetter in places."""
-    return mix("tailings", "slurry", 0.10 + 0.16 * texture + 0.25 * ramp(texture, 1.0, 1.8))
+    """A smooth, very bright beach, greyer and wetter towards the middle, behind a dam of waste rock."""
+    wet = 0.10 * texture + 0.45 * ramp(level, 0.75 * reach, 0.2 * reach) + 0.2 * ramp(texture, 0.8, 1.8)
+    beach, dam = mix("tailings", "slurry", wet), ramp(reach - level, 3.5, 2.2)[:, None]
+    return beach * (1 - dam) + dam * spectrum("waste")
 
 
 def _bare(level: Array, reach: float, texture: Array, rng: np.random.Generator) -> Array:
@@ -367,21 +373,21 @@ class Surface(NamedTuple):
     reflectance: Array  # (n, 6)
 
 
-def mine_surface(lobes: tuple[Lobe, ...], shape: Shape, year: int) -> Surface:
+def mine_surface(lobes: tuple[Lobe, ...], dry: NDArray[np.bool_], year: int) -> Surface:
     """Paint the lobes of a year one over the other: roads under pits and ponds on top."""
-    index = np.flatnonzero(footprint(lobes, shape, year))
-    slot = np.zeros(shape, np.int32)
-    slot.flat[index] = np.arange(index.size)
-    reflectance = np.zeros((index.size, 6), np.float32)
+    where = np.flatnonzero(footprint(lobes, dry, year))
+    slot = np.full(dry.shape, -1, np.int32)
+    slot.flat[where] = np.arange(where.size)
+    reflectance = np.zeros((where.size, 6), np.float32)
     for lobe in sorted(lobes, key=lambda lobe: lobe.kind == "pond"):
         _paint(lobe, year, slot, reflectance)
-    return Surface(index, reflectance)
+    return Surface(where, reflectance)
 
 
 def _paint(lobe: Lobe, year: int, slot: NDArray[np.int32], reflectance: Array) -> None:
     reach = lobe.reach(year)
     (window, level), rng = lobe.level(slot.shape), stream(lobe.seed, "paint")
-    inside = level < reach
+    inside = (level < reach) & (slot[window] >= 0)
     texture = fbm(rng, level.shape, 14, 4)[inside]
     reflectance[slot[window][inside]] = SURFACES[lobe.kind](level[inside], reach, texture, rng)
 
@@ -397,13 +403,14 @@ class Landscape:
     shade: NDArray[np.float16]  # (y, x), slope and canopy, factor around 1
     parcel: NDArray[np.uint16]  # (y, x), row of the parcel table
     lobes: tuple[Lobe, ...]  # the mines
+    dry: NDArray[np.bool_]  # (y, x), False in rivers
 
     def truth(self, year: int) -> NDArray[np.bool_]:
         """The mine footprint of a year, (y, x)."""
-        return footprint(self.lobes, self.shape, year)
+        return footprint(self.lobes, self.dry, year)
 
     def surface(self, year: int) -> Surface:
-        return mine_surface(self.lobes, self.shape, year)
+        return mine_surface(self.lobes, self.dry, year)
 
     def bright(self, year: int) -> NDArray[np.bool_]:
         """The heart of the first tailings store, (y, x): so bright that a cloud mask is mistaken about it."""
@@ -484,12 +491,13 @@ def make_landscape(seed: int, shape: Shape, *, mine_share: float = 0.06) -> Land
     valley = ramp(np.abs(fbm(stream(seed, "valley"), shape, 260, 5, gain=0.45)), 0.22, 0.03)
     flood = ramp(rivers.distance, 75, 12)
     places = _places(seed, shape, rivers)
-    lobes = _mines(seed, places.mines, shape, mine_share)
+    dry = rivers.distance > rivers.width + 2
+    lobes = _mines(seed, places.mines, dry, mine_share)
     parcel, hedge = _parcels(stream(seed, "parcels"), shape)
     layers, forest = _vegetation(seed, shape, valley, flood)
     layers += _people(seed, shape, places, hedge, flood)
     layers[-3:-3] = _waters(seed, shape, rivers)
-    return Landscape(seed, shape, _stack(layers, shape), _shade(seed, relief, forest), parcel, lobes)
+    return Landscape(seed, shape, _stack(layers, shape), _shade(seed, relief, forest), parcel, lobes, dry)
 
 
 class Places(NamedTuple):
@@ -515,7 +523,7 @@ def _places(seed: int, shape: Shape, rivers: Lines) -> Places:
 def _vegetation(seed: int, shape: Shape, valley: Array, flood: Array) -> tuple[Layers, Array]:
     """Savanna with bare patches and tree clumps, woodland, and forest in the wet and along valleys."""
     wet = fbm(stream(seed, "wet"), shape, 330, 7) + 0.9 * valley + 0.8 * flood
-    fine = fbm(stream(seed, "clumps"), shape, 9, 3)
+    fine = fbm(stream(seed, "clumps"), shape, 8, 4, gain=0.8)
     forest = ramp(wet + 0.22 * fine, 0.25, 0.75)
     woods = np.maximum(0.75 * ramp(wet + 0.35 * fine, -0.5, 0.5), 0.6 * ramp(fine, 0.9, 1.6))
     soil = fbm(stream(seed, "soil"), shape, 120, 6)
@@ -539,7 +547,7 @@ def _people(seed: int, shape: Shape, places: Places, hedge: Array, flood: Array)
     built, near = _town(rng, shape, places.towns)
     farmed = ramp(near / 120 + 0.75 * fbm(rng, shape, 110, 3) + 0.8 * flood, 1.55, 1.40)
     paths = _network(rng, shape, places)
-    roads = draw(paths, [1.0] * len(paths), shape)
+    roads = draw(paths, [np.ones(len(path), np.float32) for path in paths], shape)
     return [
         ("field", 0.96 * farmed),
         ("woodland", 0.7 * hedge * farmed),
@@ -554,9 +562,7 @@ def _network(rng: np.random.Generator, shape: Shape, places: Places) -> list[Arr
     chain = sorted(places.towns, key=lambda town: town[1])
     stops = [(rng.uniform(0, shape[0]), -5.0), *chain, (rng.uniform(0, shape[0]), shape[1] + 5.0)]
     links = list(pairwise(stops))
-    links += [
-        (min(chain, key=lambda town: np.hypot(town[0] - y, town[1] - x)), (y, x)) for y, x in places.mines
-    ]
+    links += [(min(chain, key=lambda town: np.hypot(town[0] - y, town[1] - x)), (y, x)) for y, x in places.mines]
     return [_road(rng, np.array(a), np.array(b)) for a, b in links]
 
 
@@ -578,7 +584,7 @@ def _waters(seed: int, shape: Shape, rivers: Lines) -> Layers:
 def _shade(seed: int, relief: Array, forest: Array) -> NDArray[np.float16]:
     """Slopes towards a morning sun, and the roughness of canopies and soils, as one factor."""
     fall = np.gradient(ndimage.gaussian_filter(relief, 2), axis=1) - np.gradient(relief, axis=0) * 0.3
-    slope = 1 + 0.10 * np.clip(fall / max(float(fall.std()), 1e-6), -2, 2) * 0.6
+    slope = 1 + 0.08 * np.clip(fall / max(float(fall.std()), 1e-6), -2.5, 2.5)
     rng = stream(seed, "canopy")
     rough = noise(rng, relief.shape, 2.2) * 0.22 * forest + noise(rng, relief.shape, 5) * 0.06
     return (slope * (1 + rough)).astype(np.float16)
