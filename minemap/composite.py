@@ -1,0 +1,223 @@
+"""A cube of looks to one cloud-free image: the median of the clear looks, and how many there were.
+
+All arithmetic is on uint16 (reflectance x 10,000, 0 = nothing seen): exact, and numpy sorts 16-bit integers with
+vector instructions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from .errors import InputError
+from .sentinel2 import NODATA, SCALE, SCL_CLOUD, SCL_MASKED
+
+ABSENT = np.uint16(65535)  # sorts behind every look
+STRIP_BYTES = 384 * 2**20  # of looks held at a time
+BLOCK = 2**14  # pixels sorted at a time, so that their looks stay in the cache
+_NEVER_SEEN = (0, 1)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How looks become an image; part of what identifies a result.
+
+    method: "median". masked: SCL classes that are no clear look. min_clear: with fewer clear looks a pixel is
+    not observed. rescue: keep pixels that SCL calls cloud in over `rescue_share` of at least `rescue_looks`
+    looks although every band is stable (median absolute deviation at most `rescue_spread` of the median): bright
+    tailings, salt and sand, which SCL takes for cloud.
+    """
+
+    method: str = "median"
+    masked: tuple[int, ...] = SCL_MASKED
+    min_clear: int = 3
+    rescue: bool = True
+    rescue_share: float = 0.8
+    rescue_looks: int = 4
+    rescue_spread: float = 0.12
+
+    def __post_init__(self) -> None:
+        if self.method != "median":
+            raise InputError(f"unknown composite {self.method!r}: median is the only one")
+        if not all(0 <= c <= 11 for c in self.masked):
+            raise InputError(f"SCL classes {self.masked}: they run from 0 to 11")
+        if self.min_clear < 1:
+            raise InputError(f"min_clear is {self.min_clear}: at least one clear look is needed")
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "masked": list(self.masked)}
+
+
+def composite(cube: xr.DataArray, rule: Rule | None = None) -> xr.DataArray:
+    """The cloud-free image of a cube from `load_cube`, lazy where the cube is: float32 (band, y, x), NaN unseen.
+
+    cube: reflectance (time, band, y, x) with coordinate `scl` (time, y, x), and `acquisition` (time) where several
+    layers are one look. The result has the coordinate `observations` (y, x), uint8: clear looks, saturating at
+    255. Same pixels as in a map.
+    """
+    rule = rule or Rule()
+    looks = _looks(cube["acquisition"].values if "acquisition" in cube.coords else np.arange(cube.sizes["time"]))
+    scl = cube["scl"] if "scl" in cube.coords else xr.full_like(cube.isel(band=0, drop=True), 7, dtype="uint8")
+    cube = cube.reset_coords(drop=True).assign_coords(spatial_ref=cube.coords.get("spatial_ref", 0))
+    image, count = xr.apply_ufunc(
+        _composite_floats,
+        cube.chunk(time=-1, band=-1) if cube.chunks else cube,
+        scl.reset_coords(drop=True).chunk(time=-1) if scl.chunks else scl.reset_coords(drop=True),
+        kwargs={"looks": looks, "rule": rule},
+        input_core_dims=[["time", "band"], ["time"]],
+        output_core_dims=[["band"], []],
+        dask="parallelized",
+        output_dtypes=[np.float32, np.uint8],
+    )
+    image = image.transpose("band", "y", "x").assign_coords(observations=count)
+    image.attrs = {"long_name": "surface reflectance, median of clear looks", "units": "1"}
+    return image.rename("composite")
+
+
+def _composite_floats(
+    cube: np.ndarray, scl: np.ndarray, *, looks: np.ndarray, rule: Rule
+) -> tuple[np.ndarray, np.ndarray]:
+    """(y, x, time, band) floats to (y, x, band) floats and (y, x) counts."""
+    stored = np.nan_to_num(np.rint(cube / np.float32(SCALE)), nan=NODATA).astype(np.uint16)
+    bands = np.ascontiguousarray(stored.transpose(3, 2, 0, 1))
+    image, count = composite_looks(lambda b: bands[b], len(bands), scl.transpose(2, 0, 1), looks, rule)
+    return image.transpose(1, 2, 0), count
+
+
+def composite_layers(
+    layers: xr.Dataset, rule: Rule, load: Callable[[Any], np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """`composite` for a whole tile in bounded memory, whatever the number of looks: eager, for `load_layers`.
+
+    Returns float32 (band, y, x), NaN unseen, and uint8 (y, x) counts. Works strip by strip and within a strip band
+    by band. load: computes a lazy array.
+    """
+    dn, scl = layers["dn"].data, layers["scl"].data
+    looks = _looks(layers["acquisition"].values)
+    n, bands, height, width = dn.shape
+    image = np.full((bands, height, width), np.nan, np.float32)
+    count = np.zeros((height, width), np.uint8)
+    for rows in _strips(n, height, width):
+        part = scl[:, rows]
+        if n:
+            image[:, rows], count[rows] = composite_looks(
+                partial(_load_band, load, dn[:, :, rows]), bands, load(part), looks, rule
+            )
+    return image, count
+
+
+def _load_band(load: Callable[[Any], np.ndarray], dn: Any, band: int) -> np.ndarray:
+    return load(dn[:, band])
+
+
+def _strips(n: int, height: int, width: int) -> Iterator[slice]:
+    pieces = max(1, -(-n * height * width * 3 // STRIP_BYTES))  # DN and SCL: 3 bytes a pixel and look
+    rows = -(-height // pieces)
+    for start in range(0, height, rows):
+        yield slice(start, min(start + rows, height))
+
+
+def composite_looks(
+    read_band: Callable[[int], np.ndarray], bands: int, scl: np.ndarray, looks: np.ndarray, rule: Rule
+) -> tuple[np.ndarray, np.ndarray]:
+    """read_band(b): uint16 (layer, y, x) of one band; scl: uint8 (layer, y, x); looks: (layer,) which look each
+    layer belongs to. A band without any value is left out of the count and stays NaN."""
+    doubtful = _doubtful(scl, looks, rule) if rule.rescue else np.zeros(scl.shape[1:], bool)
+    image = np.full((bands, *scl.shape[1:]), np.nan, np.float32)
+    rescued = np.full((bands, int(doubtful.sum())), np.nan, np.float32)
+    stable = np.ones(rescued.shape[1], bool)
+    count = np.full(scl.shape[1:], ABSENT)
+    rescued_count = np.full(rescued.shape[1], ABSENT)
+    hidden = np.isin(np.arange(256), rule.masked)[scl]
+    for b in range(bands):
+        values = read_band(b)
+        if not values.any():
+            continue
+        if rescued.shape[1]:
+            rescued[b], seen, calm = _rescue(values[:, doubtful], scl[:, doubtful], looks, rule)
+            rescued_count, stable = np.minimum(rescued_count, seen), stable & calm
+        image[b], seen = _median_of_clear(values, hidden, looks)
+        count = np.minimum(count, seen)
+    accepted = doubtful.copy()
+    accepted[doubtful] = stable
+    image[:, accepted], count[accepted] = rescued[:, stable], rescued_count[stable]
+    count[count == ABSENT] = 0
+    image[:, count < rule.min_clear] = np.nan
+    return image, np.minimum(count, 255).astype(np.uint8)
+
+
+def _looks(acquisitions: np.ndarray) -> np.ndarray:
+    """Names to consecutive numbers; layers of one acquisition follow each other."""
+    _, first, inverse = np.unique(acquisitions, return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first))[inverse].astype(int) if len(acquisitions) else np.zeros(0, int)
+
+
+def _doubtful(scl: np.ndarray, looks: np.ndarray, rule: Rule) -> np.ndarray:
+    """Pixels that SCL calls cloud in over `rescue_share` of enough looks, bool (y, x)."""
+    seen = np.zeros(scl.shape[1:], np.int16)
+    cloudy = np.zeros(scl.shape[1:], np.int16)
+    is_seen, is_cloud = ~np.isin(np.arange(256), _NEVER_SEEN), np.isin(np.arange(256), SCL_CLOUD)
+    for members in _members(looks):
+        valid = is_seen[scl[members]]
+        seen += valid.any(axis=0)
+        cloudy += (is_cloud[scl[members]] & valid).any(axis=0)
+    return (seen >= rule.rescue_looks) & (cloudy > rule.rescue_share * seen)
+
+
+def _members(looks: np.ndarray) -> Iterator[np.ndarray]:
+    for look in range(int(looks.max(initial=-1)) + 1):
+        yield np.flatnonzero(looks == look)
+
+
+def _median_of_clear(values: np.ndarray, hidden: np.ndarray, looks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Reflectance float32 (y, x), NaN without a clear look, and the number of clear looks (y, x)."""
+    flat, hidden = values.reshape(len(values), -1), hidden.reshape(len(values), -1)
+    median = np.empty(flat.shape[1], np.float32)
+    count = np.empty(flat.shape[1], np.uint16)
+    for start in range(0, flat.shape[1], BLOCK):
+        part = slice(start, start + BLOCK)
+        block = np.where(hidden[:, part], ABSENT, flat[:, part])
+        median[part], count[part] = _median(_merged(block, looks))
+    return median.reshape(values.shape[1:]), count.reshape(values.shape[1:])
+
+
+def _merged(values: np.ndarray, looks: np.ndarray) -> np.ndarray:
+    """(look, pixel): of a look's layers the first that has a value there; ABSENT where none has. Overwrites."""
+    values[values == NODATA] = ABSENT
+    if len(looks) == looks.max(initial=-1) + 1:
+        return values  # one layer a look
+    merged = []
+    for members in _members(looks):
+        first = values[members[0]]
+        for other in members[1:]:
+            np.copyto(first, values[other], where=first == ABSENT)
+        merged.append(first)
+    return np.stack(merged)
+
+
+def _rescue(
+    values: np.ndarray, scl: np.ndarray, looks: np.ndarray, rule: Rule
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For (layer, pixel) of one band: median of all looks, their number, whether they are stable."""
+    merged = _merged(np.where(np.isin(scl, _NEVER_SEEN), ABSENT, values), looks)
+    middle, count = _median(merged)
+    stored = np.nan_to_num(middle / np.float32(SCALE))
+    away = np.where(merged == ABSENT, ABSENT, np.abs(merged - stored).astype(np.uint16))
+    spread, _ = _median(away)
+    stable = (count >= rule.rescue_looks) & (spread <= rule.rescue_spread * middle)
+    return middle, count, stable
+
+
+def _median(looks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of (look, pixel): median as reflectance (pixel,), NaN where every look is ABSENT, and the count (pixel,)."""
+    ordered = np.sort(np.ascontiguousarray(looks.T), axis=1)
+    count = (ordered != ABSENT).sum(axis=1, dtype=np.uint16)
+    last = np.maximum(count, 1).astype(np.intp) - 1
+    pixels = np.arange(len(ordered))
+    twice = ordered[pixels, last // 2].astype(np.float32) + ordered[pixels, (last + 1) // 2]
+    return np.where(count > 0, twice * np.float32(SCALE / 2), np.float32(np.nan)), count

@@ -1,0 +1,286 @@
+"""Where pixels are: one frozen Grid per UTM zone, its super-tiles, and which zone owns a pixel.
+
+Every zone has one fixed lattice: pixel edges at multiples of the resolution, 256-px windows at multiples of
+256 px, super-tiles at multiples of their size, scene cells at multiples of 20,480 m, all counted from easting 0
+and northing 0 of the zone. A Grid is a piece of that lattice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+
+import numpy as np
+from affine import Affine
+from pyproj import CRS, Geod, Proj, Transformer
+from scipy.interpolate import RectBivariateSpline
+
+from .errors import InputError
+from .sentinel2 import RESOLUTION
+
+WINDOW = 256  # px, core of what the network sees at a time, and inner chunk of the store
+CHUNK = 2048  # px, side of a super-tile and of a shard
+CHUNKS = (512, 1024, 2048)
+CELL = 20_480  # metres, side of the cell for which scenes are chosen
+MAX_LATITUDE = 84.0
+GEOD = Geod(ellps="WGS84")
+
+BBox = tuple[float, float, float, float]  # west, south, east, north
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A rectangle of one zone's lattice. Rows run south, columns east; north is up.
+
+    epsg: 326zz or 327zz. left, top: metres, outer edges of the first pixel. height, width: pixels.
+    resolution: metres per pixel.
+    """
+
+    epsg: int
+    left: float
+    top: float
+    height: int
+    width: int
+    resolution: float = RESOLUTION
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.height, self.width
+
+    @property
+    def group(self) -> str:
+        """Name of the zone's group in the store."""
+        return f"utm{self.epsg}"
+
+    @property
+    def transform(self) -> Affine:
+        return Affine(self.resolution, 0.0, self.left, 0.0, -self.resolution, self.top)
+
+    @property
+    def bounds(self) -> BBox:
+        """left, bottom, right, top in metres."""
+        right = self.left + self.width * self.resolution
+        return self.left, self.top - self.height * self.resolution, right, self.top
+
+    @cached_property
+    def x(self) -> np.ndarray:
+        """Pixel centres, metres, ascending, float64 (width,)."""
+        return self.left + (np.arange(self.width) + 0.5) * self.resolution
+
+    @cached_property
+    def y(self) -> np.ndarray:
+        """Pixel centres, metres, descending, float64 (height,)."""
+        return self.top - (np.arange(self.height) + 0.5) * self.resolution
+
+    @property
+    def lonlat_bounds(self) -> BBox:
+        """West, south, east, north in degrees; west > east where it crosses the antimeridian."""
+        return _to_lonlat(self.epsg).transform_bounds(*self.bounds, densify_pts=21)
+
+    def buffered(self, pixels: int) -> Grid:
+        """The same place with `pixels` more on every side."""
+        return replace(
+            self,
+            left=self.left - pixels * self.resolution,
+            top=self.top + pixels * self.resolution,
+            height=self.height + 2 * pixels,
+            width=self.width + 2 * pixels,
+        )
+
+    def window(self, row: int, column: int, height: int, width: int) -> Grid:
+        """The part that starts at (row, column)."""
+        left = self.left + column * self.resolution
+        return replace(self, left=left, top=self.top - row * self.resolution, height=height, width=width)
+
+    def offset_in(self, outer: Grid) -> tuple[int, int]:
+        """(row, column) of this grid's first pixel in `outer`, which has the same zone and resolution."""
+        row = round((outer.top - self.top) / self.resolution)
+        return row, round((self.left - outer.left) / self.resolution)
+
+    def covers(self, other: Grid) -> bool:
+        """Whether every pixel of `other` is one of ours."""
+        row, column = other.offset_in(self)
+        fits = row + other.height <= self.height and column + other.width <= self.width
+        return self.epsg == other.epsg and row >= 0 and column >= 0 and fits
+
+    def tiles(self, chunk: int) -> Iterator[Grid]:
+        """The super-tiles of `chunk` px, row by row from the north-west. The grid must be padded to them."""
+        for row in range(0, self.height, chunk):
+            for column in range(0, self.width, chunk):
+                yield self.window(row, column, chunk, chunk)
+
+    @property
+    def cell(self) -> tuple[int, int]:
+        """(column, row) of the 20,480-m cell that holds the first pixel, counted from easting 0, northing 0."""
+        half = self.resolution / 2
+        return math.floor((self.left + half) / CELL), math.floor((self.top - half) / CELL)
+
+    def owned(self) -> np.ndarray:
+        """Which pixels are this zone's own, bool (y, x): centre within its 6 degrees and its hemisphere.
+
+        Each place on Earth is owned by one zone, so maps of several zones have no gap and no doubling. The
+        exceptions of UTM around Norway and Svalbard are not followed: a zone is 6 degrees everywhere.
+        """
+        return self._within([_zone_box(self.epsg)])
+
+    def inside(self, bbox: BBox) -> np.ndarray:
+        """Which owned pixels have their centre in `bbox` (west > east crosses the antimeridian), bool (y, x)."""
+        return self._within(_parts_in(self.epsg, bbox))
+
+    def _within(self, boxes: list[BBox]) -> np.ndarray:
+        """Pixel centres within any of `boxes`, half-open, degrees.
+
+        Block by block: where a coarse lattice of points shows a block wholly inside or outside, its pixels are
+        not projected one by one.
+        """
+        mask = np.zeros(self.shape, bool)
+        for row in range(0, self.height, WINDOW):
+            for column in range(0, self.width, WINDOW):
+                block = (slice(row, row + WINDOW), slice(column, column + WINDOW))
+                y, x = self.y[block[0]], self.x[block[1]]
+                ends = np.linspace(y[0], y[-1], 5), np.linspace(x[0], x[-1], 5)
+                for box in boxes:
+                    coarse = _in_box(self.epsg, *ends, box, margin=1e-4)
+                    if coarse.any():
+                        surely = _in_box(self.epsg, *ends, box, margin=-1e-4).all()
+                        mask[block] |= surely or _in_box(self.epsg, y, x, box)
+        return mask
+
+
+def cell_grid(epsg: int, cell: tuple[int, int], resolution: float = RESOLUTION) -> Grid:
+    """The cell (column, row) as a Grid."""
+    side = round(CELL / resolution)
+    return Grid(epsg, cell[0] * float(CELL), (cell[1] + 1) * float(CELL), side, side, resolution)
+
+
+def check_bbox(numbers: tuple[float, ...] | list[float]) -> BBox:
+    """Four finite degrees W S E N, or an InputError that says which is wrong."""
+    if len(numbers) != 4:
+        raise InputError(f"bbox needs 4 numbers (west south east north), got {len(numbers)}")
+    west, south, east, north = (float(n) for n in numbers)
+    if not all(map(math.isfinite, (west, south, east, north))):
+        raise InputError(f"bbox has a number that is not finite: {west} {south} {east} {north}")
+    for name, value, limit in (
+        ("west", west, 180),
+        ("east", east, 180),
+        ("south", south, 90),
+        ("north", north, 90),
+    ):
+        if abs(value) > limit:
+            raise InputError(f"bbox {name} is {value}, outside -{limit}…{limit} degrees")
+    if south > north:
+        raise InputError(f"bbox south {south} lies north of {north}: the order is west south east north")
+    if south == north or west == east:
+        raise InputError(f"bbox {west} {south} {east} {north} has no area")
+    if max(abs(south), abs(north)) > MAX_LATITUDE:
+        raise InputError(f"bbox reaches {south}…{north} degrees latitude; UTM maps end at ±{MAX_LATITUDE:g}")
+    return west, south, east, north
+
+
+def grids(bbox: BBox, chunk: int = CHUNK, *, extent: str = "bbox", resolution: float = RESOLUTION) -> list[Grid]:
+    """One Grid per UTM zone and hemisphere that `bbox` meets, padded to whole super-tiles.
+
+    extent "zone" gives the whole zone's lattice instead, into which many runs can merge.
+    """
+    found = []
+    for epsg, part in _zone_parts(bbox):
+        box = part if extent == "bbox" else _zone_box(epsg)
+        found.append(_padded(epsg, box, chunk * resolution, chunk, resolution))
+    return found
+
+
+def wanted_windows(tile: Grid, bbox: BBox) -> tuple[int, int, int, int] | None:
+    """First row, end row, first column, end column (in windows) of `tile` that hold pixels of `bbox`.
+
+    Only owned pixels count. None when there are none.
+    """
+    wanted = tile.inside(bbox)
+    rows = np.flatnonzero(wanted.any(axis=1)) // WINDOW
+    columns = np.flatnonzero(wanted.any(axis=0)) // WINDOW
+    if not rows.size:
+        return None
+    return int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
+
+
+def pixel_area_km2(grid: Grid) -> np.ndarray:
+    """Area on the WGS 84 ellipsoid of each pixel, km², float64 (y, x).
+
+    The projection's areal scale varies by a tenth of a per cent over a zone, and smoothly: it is computed on a
+    coarse lattice and interpolated (error below 1e-9).
+    """
+    y, x = np.linspace(*grid.bounds[3:0:-2], 9), np.linspace(*grid.bounds[0:3:2], 9)
+    lon, lat = _to_lonlat(grid.epsg).transform(*np.meshgrid(x, y))
+    areal = np.asarray(Proj(grid.epsg).get_factors(lon, lat).areal_scale)
+    scale = RectBivariateSpline(-y, x, areal)(-grid.y, grid.x)
+    return grid.resolution**2 / 1e6 / scale
+
+
+def zone_epsg(lon: float, lat: float) -> int:
+    """EPSG code of the UTM zone that owns a place."""
+    zone = math.floor((lon + 180) / 6) % 60 + 1
+    return (32600 if lat >= 0 else 32700) + zone
+
+
+def _zone_parts(bbox: BBox) -> Iterator[tuple[int, BBox]]:
+    """(EPSG code, the part of `bbox` it owns) from west to east, north before south."""
+    west, south, east, north = bbox
+    spans = [(west, east)] if west < east else [(west, 180.0), (-180.0, east)]
+    for lower, upper in spans:
+        for zone in range(math.floor((lower + 180) / 6), math.ceil((upper + 180) / 6)):
+            left, right = max(lower, zone * 6 - 180.0), min(upper, zone * 6 - 174.0)
+            if left >= right:
+                continue
+            if north > 0:
+                yield 32601 + zone, (left, max(south, 0.0), right, north)
+            if south < 0:
+                yield 32701 + zone, (left, south, right, min(north, 0.0))
+
+
+def _zone_box(epsg: int) -> BBox:
+    west = (epsg % 100) * 6 - 186.0
+    return (west, 0.0, west + 6, MAX_LATITUDE) if epsg < 32700 else (west, -MAX_LATITUDE, west + 6, 0.0)
+
+
+def _parts_in(epsg: int, bbox: BBox) -> list[BBox]:
+    return [part for code, part in _zone_parts(bbox) if code == epsg]
+
+
+def _in_box(epsg: int, y: np.ndarray, x: np.ndarray, box: BBox, margin: float = 0.0) -> np.ndarray:
+    """Which points of the lattice y × x lie in `box` grown by `margin` degrees, bool (y, x)."""
+    lon, lat = continuous_lonlat(epsg, *np.meshgrid(x, y))
+    west, south, east, north = box
+    across = (lon >= west - margin) & (lon < east + margin)
+    return across & (lat >= south - margin) & (lat < north + margin)
+
+
+def _padded(epsg: int, box: BBox, side: float, chunk: int, resolution: float) -> Grid:
+    left, bottom, right, top = _from_lonlat(epsg).transform_bounds(*box, densify_pts=21)
+    tiny = resolution * 1e-6  # a box made from a grid's own edges must not gain a row from rounding
+    west, east = math.floor((left + tiny) / side), math.ceil((right - tiny) / side)
+    south, north = math.floor((bottom + tiny) / side), math.ceil((top - tiny) / side)
+    return Grid(epsg, west * side, north * side, (north - south) * chunk, (east - west) * chunk, resolution)
+
+
+def continuous_lonlat(epsg: int, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Degrees of points of a zone; longitudes within 180 of its middle, so past ±180 at the antimeridian."""
+    lon, lat = _to_lonlat(epsg).transform(x, y)
+    middle = (epsg % 100) * 6 - 183.0
+    return (lon - middle + 180) % 360 - 180 + middle, lat
+
+
+@lru_cache(maxsize=240)
+def _to_lonlat(epsg: int) -> Transformer:
+    return Transformer.from_crs(epsg, 4326, always_xy=True)
+
+
+@lru_cache(maxsize=240)
+def _from_lonlat(epsg: int) -> Transformer:
+    return Transformer.from_crs(4326, epsg, always_xy=True)
+
+
+@lru_cache(maxsize=240)
+def crs_wkt(epsg: int) -> str:
+    """WKT 2 of the zone's CRS, or of any EPSG code."""
+    return CRS.from_epsg(epsg).to_wkt()

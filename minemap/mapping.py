@@ -1,0 +1,610 @@
+"""The main job: a box and a date to a map. plan() decides what to do, map_area() does it, each step once."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import dask
+import dask.array as da
+import numpy as np
+import xarray as xr
+
+from . import __version__
+from .checkpoint import Checkpoint, load_model
+from .cluster import GPU, TASK_THREADS, connect, worker_count
+from .composite import Rule, composite_layers
+from .cube import READERS, load_layers
+from .errors import InputError
+from .grid import CHUNK, CHUNKS, WINDOW, BBox, Grid, check_bbox, grids, pixel_area_km2, wanted_windows
+from .predict import Settings, percent, probability
+from .reader import Access, read_overview
+from .scenes import Acquisition, Period, Scenes, Source, parse_months, parse_period, search, search_area, source
+from .sentinel2 import NODATA, OFFSET, SCL_MASKED, Item, Scaling, asset_key, contradicts, scaling
+from .store import QUICKLOOK, Store, parameters_hash, write_atomically
+
+if TYPE_CHECKING:
+    import shapely
+    from distributed import Client
+
+COUNTS = ("km2_total", "km2_observed", "km2_mine", "computed")
+READ_THREADS = 8  # assets read at a time by one task: remote reads wait more than they compute
+RETRIES = 3  # a task whose worker died starts again elsewhere, this often
+QUICKLOOK_WHITE = 0.3  # reflectance that is white in a quicklook
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a run may be told; the command line's options by their names.
+
+    stac: a known source, an API's URL or an item file. max_cloud: per cent, of an item. max_scenes: acquisitions a
+    cell. min_clear: clear looks below which a pixel is not observed. months: as "6-9". masked: SCL classes that are
+    no clear look. aoi: polygon file to clip to. model: name or path. extent: "bbox" or "zone". chunk: side of a
+    super-tile in pixels. precision: "bf16" or "fp32", None for what the processor has.
+    """
+
+    stac: str | Path = "earth-search"
+    collection: str | None = None
+    max_cloud: float = 60.0
+    max_scenes: int = 24
+    min_clear: int = 3
+    months: str | None = None
+    masked: tuple[int, ...] = SCL_MASKED
+    rescue: bool = True
+    aoi: str | Path | None = None
+    refresh: bool = False
+    keep_composite: bool = False
+    model: str | Path | None = None
+    extent: str = "bbox"
+    chunk: int = CHUNK
+    reader: str = "stackstac"
+    precision: str | None = None
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("extent", ("bbox", "zone")), ("chunk", CHUNKS), ("reader", READERS)):
+            if getattr(self, name) not in allowed:
+                raise InputError(f"{name} is {getattr(self, name)!r}: give one of {', '.join(map(str, allowed))}")
+        if not 0 <= self.max_cloud <= 100:
+            raise InputError(f"max_cloud is {self.max_cloud:g}: it is a percentage, 0 to 100")
+        if self.max_scenes < 1:
+            raise InputError(f"max_scenes is {self.max_scenes}: at least one acquisition is needed")
+
+    @staticmethod
+    def named(options: dict[str, Any]) -> Options:
+        """From keywords; InputError names an unknown one."""
+        known = [f.name for f in fields(Options)]
+        for name in options:
+            if name not in known:
+                raise InputError(f"unknown option {name!r}: known are {', '.join(known)}")
+        return Options(**options)
+
+
+@dataclass(frozen=True)
+class Work:
+    """One super-tile to make: where, and which of its windows (first row, end row, first column, end column)."""
+
+    tile: Grid
+    windows: tuple[int, int, int, int]
+
+    @property
+    def inner(self) -> Grid:
+        """The windows that are computed, as one Grid."""
+        top, bottom, left, right = (n * WINDOW for n in self.windows)
+        return self.tile.window(top, left, bottom - top, right - left)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every task of a run shares; travels to workers, so it holds paths and settings, never data."""
+
+    store: Store
+    period: Period
+    index: dict[str, int]  # group -> index on its time axis
+    bbox: BBox
+    checkpoint: Checkpoint
+    settings: Settings
+    rule: Rule
+    access: Access
+    reader: str
+    keep_composite: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything decided before the first pixel is read. Nothing has been written yet."""
+
+    bbox: BBox
+    period: Period
+    options: Options
+    source: Source
+    checkpoint: Checkpoint
+    settings: Settings
+    grids: list[Grid]
+    work: list[Work]
+    cells: dict[tuple[str, tuple[int, int]], list[Acquisition]]  # newly chosen, to be frozen
+    frozen: int  # cells whose choice an earlier run has frozen
+
+    @cached_property
+    def rule(self) -> Rule:
+        o = self.options
+        return Rule(masked=o.masked, min_clear=o.min_clear, rescue=o.rescue)
+
+    @property
+    def items(self) -> list[Item]:
+        """Newly chosen items by id."""
+        chosen = {i["id"]: i for cell in self.cells.values() for a in cell for i in a.items}
+        return [chosen[name] for name in sorted(chosen)]
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """What identifies a result: never the box, the workers, the cluster or signed addresses."""
+        o = self.options
+        return {
+            "collection": self.source.collection,
+            "source": self.source.name,
+            "max_cloud": o.max_cloud,
+            "max_scenes": o.max_scenes,
+            "months": list(parse_months(o.months)),
+            "composite": self.rule.as_dict(),
+            "bands": list(self.checkpoint.recipe.bands),
+            "resolution": self.checkpoint.recipe.resolution,
+            "model": self.checkpoint.recipe.name,
+            "model_sha256": self.checkpoint.sha256,
+            "precision": self.settings.precision,
+            "reader": o.reader,
+            "chunk": o.chunk,
+            "aoi": aoi_hash(o.aoi),
+            "keep_composite": o.keep_composite,
+        }
+
+
+def plan(bbox: BBox, date: str | Period, out: str | Path | None = None, **options: Any) -> Plan:
+    """What a run would do. bbox: west south east north, degrees. Searches the source; loads no torch, writes nothing.
+
+    Raises InputError, CatalogueError, NoItemsError, CheckpointError, StoreError.
+    """
+    o = Options.named(options)
+    box, period, where = check_bbox(bbox), parse_period(date), source(o.stac, o.collection)
+    parse_months(o.months)
+    area = load_aoi(o.aoi) if o.aoi else None
+    checkpoint = load_model(o.model)
+    if checkpoint.recipe.window != WINDOW:
+        raise InputError(
+            f"model {checkpoint.recipe.name} has windows of {checkpoint.recipe.window} px, maps have {WINDOW}"
+        )
+    store = Store(Path(out)) if out is not None else None
+    settings = Settings.for_machine(o.precision or _stored_precision(store, o))
+    work = [w for grid in grids(box, o.chunk) for w in _wanted(grid, box, area, o)]
+    if not work:
+        raise InputError("the aoi and the bbox have no place in common")
+    made = Plan(box, period, o, where, checkpoint, settings, grids(box, o.chunk, extent=o.extent), work, {}, 0)
+    if store is not None:
+        store.check(made.parameters, overwrite=o.overwrite)
+    return _with_scenes(made, store)
+
+
+def _stored_precision(store: Store | None, options: Options) -> str | None:
+    """A map goes on at the precision that it was begun with, also on another kind of processor."""
+    if store is None or options.overwrite or not store.exists():
+        return None
+    return store.attributes()["parameters"]["precision"]
+
+
+def _wanted(grid: Grid, bbox: BBox, area: shapely.Geometry | None, options: Options) -> Iterator[Work]:
+    for tile in grid.tiles(options.chunk):
+        windows = wanted_windows(tile, bbox)
+        if windows is None or (area is not None and not _meets(tile, area)):
+            continue
+        side = options.chunk // WINDOW
+        yield Work(tile, windows if options.extent == "bbox" else (0, side, 0, side))
+
+
+def _with_scenes(made: Plan, store: Store | None) -> Plan:
+    """The plan with scenes chosen for each cell whose choice is not frozen yet."""
+    o = made.options
+    use_frozen = store is not None and not o.refresh and not o.overwrite
+    cells = sorted({(w.tile.epsg, w.tile.cell) for w in made.work})
+    done = [c for c in cells if use_frozen and store and store.read_cell(f"utm{c[0]}", c[1], made.period) is not None]
+    open_cells = [c for c in cells if c not in set(done)]
+    chosen: dict[tuple[str, tuple[int, int]], list[Acquisition]] = {}
+    for epsg in sorted({epsg for epsg, _ in open_cells}):
+        zone = [w.tile for w in made.work if w.tile.epsg == epsg and (epsg, w.tile.cell) in set(open_cells)]
+        items = search(
+            search_area(_around(zone)),
+            made.period,
+            stac=made.source,
+            max_cloud=o.max_cloud,
+            months=parse_months(o.months),
+        )
+        scenes = Scenes(items, o.max_scenes)
+        for tile in zone:
+            if (tile.group, tile.cell) not in chosen:
+                chosen[tile.group, tile.cell] = scenes.choose(epsg, tile.cell)
+    return replace(made, cells=chosen, frozen=len(done))
+
+
+def _around(tiles: list[Grid]) -> Grid:
+    """The smallest Grid that covers the cells of all tiles of one zone."""
+    side = round(20_480 / tiles[0].resolution)
+    left, right = min(t.cell[0] for t in tiles), max(t.cell[0] for t in tiles)
+    bottom, top = min(t.cell[1] for t in tiles), max(t.cell[1] for t in tiles)
+    height, width = (top - bottom + 1) * side, (right - left + 1) * side
+    return Grid(tiles[0].epsg, left * 20_480.0, (top + 1) * 20_480.0, height, width, tiles[0].resolution)
+
+
+def map_area(
+    bbox: BBox,
+    date: str | Period,
+    out: str | Path,
+    *,
+    cluster: str | None = None,
+    workers: int | None = None,
+    client: Client | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Maps `bbox` for a date into the store `out`; returns the summary that `minemap map --json` prints.
+
+    bbox: west south east north in degrees, west > east across the antimeridian. date: a year, a month, a day or
+    start/end. cluster: None for this process, "local", "gpu" or a scheduler's address; client: a Dask client of
+    yours instead. progress: called with the super-tiles done and their number. options: fields of `Options`.
+    A second run goes on where a first one stopped. Raises subclasses of MinemapError.
+    """
+    start = time.monotonic()
+    made = plan(bbox, date, out, **options)
+    store = Store(Path(out).absolute())
+    with store.locked():
+        index = _prepare(made, store)
+        with connect(cluster, workers) if client is None else _given(client) as connected:
+            job = _job(made, store, index, worker_count(connected, workers))
+            counts = _run(made.work, job, connected, progress, gpu=cluster == "gpu")
+    return _summary(made, store, counts, time.monotonic() - start)
+
+
+@contextmanager
+def _given(client: Client) -> Iterator[Client]:
+    yield client
+
+
+def _prepare(made: Plan, store: Store) -> dict[str, int]:
+    """Makes the store or checks it again, adds zones and the period, freezes the choice of scenes."""
+    o = made.options
+    store.check(made.parameters, overwrite=o.overwrite)
+    if o.overwrite or not store.exists():
+        store.create(_attributes(made))
+    index = {}
+    for grid in made.grids:
+        store.add_zone(grid, o.chunk, made.checkpoint.recipe.bands if o.keep_composite else None)
+        index[grid.group] = store.add_period(grid.group, made.period)
+    store.consolidate()
+    if made.items or not (store.meta / "items.json").exists():
+        store.write_items([_with_decision(item) for item in made.items])
+    for (group, cell), acquisitions in made.cells.items():
+        store.write_cell(group, cell, made.period, [[item["id"] for item in a.items] for a in acquisitions])
+    if o.aoi:
+        write_atomically(store.meta / "aoi.wkt", load_aoi(o.aoi).wkt)
+    return index
+
+
+def _attributes(made: Plan) -> dict[str, Any]:
+    return {
+        "minemap": __version__,
+        "model": made.checkpoint.recipe.name,
+        "model_sha256": made.checkpoint.sha256,
+        "recipe": json.loads(json.dumps(asdict(made.checkpoint.recipe))),
+        "parameters": made.parameters,
+        "parameters_hash": parameters_hash(made.parameters),
+        "stac": made.source.url,
+    }
+
+
+def _with_decision(item: Item) -> Item:
+    decided = scaling(item)
+    told = {"minemap:offset": decided.offset, "minemap:scale": decided.scale, "minemap:reason": decided.reason}
+    return {**item, "properties": {**item["properties"], **told}}
+
+
+def _job(made: Plan, store: Store, index: dict[str, int], sharing: int) -> Job:
+    return Job(
+        store=store,
+        period=made.period,
+        index=index,
+        bbox=made.bbox,
+        checkpoint=made.checkpoint,
+        settings=Settings.for_machine(made.settings.precision, sharing),
+        rule=made.rule,
+        access=Access.of(made.source),
+        reader=made.options.reader,
+        keep_composite=made.options.keep_composite,
+    )
+
+
+def _run(
+    work: list[Work],
+    job: Job,
+    client: Client | None,
+    progress: Callable[[int, int], None] | None,
+    *,
+    gpu: bool = False,
+) -> np.ndarray:
+    """One task a super-tile, through xarray.map_blocks; returns COUNTS of each, float64 (tile, count)."""
+    rows = np.array([(w.tile.epsg, w.tile.left, w.tile.top, w.tile.height, *w.windows) for w in work])
+    table = xr.DataArray(da.from_array(rows, chunks=(1, -1)), dims=("tile", "field"))
+    blank = da.zeros((len(work), len(COUNTS)), chunks=(1, -1))
+    template = xr.DataArray(blank, dims=("tile", "count"))
+    resolution = job.checkpoint.recipe.resolution
+    annotations: dict[str, Any] = {"retries": RETRIES, **({"resources": GPU} if gpu else {})}
+    with dask.annotate(**annotations):
+        counts = xr.map_blocks(_block, table, [job, resolution], template=template)
+    scheduler: dict[str, Any] = {"scheduler": "threads", "num_workers": TASK_THREADS} if client is None else {}
+    with _watched(work, job, progress), dask.config.set({"optimization.fuse.active": False}):
+        return counts.compute(**scheduler).values
+
+
+def _block(row: xr.DataArray, job: Job, resolution: float) -> xr.DataArray:
+    if not row.size:  # xarray tries a function on nothing
+        return xr.DataArray(np.zeros((0, len(COUNTS))), dims=("tile", "count"))
+    epsg, left, top, side, *windows = row.values[0]
+    tile = Grid(int(epsg), float(left), float(top), int(side), int(side), resolution)
+    counts = make_tile(Work(tile, tuple(int(n) for n in windows)), job)  # type: ignore[arg-type]
+    return xr.DataArray(np.array([[counts[name] for name in COUNTS]]), dims=("tile", "count"))
+
+
+@contextmanager
+def _watched(work: list[Work], job: Job, progress: Callable[[int, int], None] | None) -> Iterator[None]:
+    """Calls `progress` as records appear in the ledger, which is the same for any kind of cluster."""
+    if progress is None:
+        yield
+        return
+    over = threading.Event()
+    left = set(work)
+
+    def look() -> None:
+        left.difference_update([w for w in left if job.store.record_path(w.tile, job.period).exists()])
+        progress(len(work) - len(left), len(work))
+
+    def watch() -> None:
+        while not over.wait(0.5):
+            look()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+        look()
+    finally:
+        over.set()
+        thread.join()
+
+
+# --- one super-tile ---------------------------------------------------------------------------------------------
+
+
+def make_tile(work: Work, job: Job) -> dict[str, float]:
+    """Reads, composites, predicts and writes one super-tile, unless the ledger has it; returns its counts."""
+    record = job.store.record(work.tile, job.period)
+    index = job.index[work.tile.group]
+    if record is not None and _holds(record["windows"], work.windows):
+        answer = job.store.read_tile(work.inner, index, "probability")
+        return {**count(answer, work.inner, job), "computed": 0.0}
+    start = time.monotonic()
+    image, observations, items, asked = _image(work.inner, job)
+    halo = job.checkpoint.recipe.halo
+    chance = probability(image, job.checkpoint, job.settings)
+    core = image[:, halo:-halo, halo:-halo]
+    outside = ~_valid(work.inner, job)
+    chance[outside], observations[outside] = np.nan, 0
+    answer = percent(chance)
+    layers = {"probability": answer, "observations": observations, "quicklook": quicklook(core, outside, job)}
+    if job.keep_composite:
+        layers["composite"] = np.where(outside, NODATA, np.nan_to_num(np.rint(core * 1e4))).astype(np.uint16)
+    job.store.write_tile(work.tile, index, {name: _whole(data, work) for name, data in layers.items()})
+    counts = count(answer, work.inner, job)
+    job.store.write_record(
+        work.tile,
+        job.period,
+        {
+            "windows": work.windows,
+            "observed_px": int((answer != 255).sum()),
+            "mine_px": int((answer[answer != 255] >= mine_from(job.checkpoint)).sum()),
+            "probability_sum": float(np.nansum(chance, dtype=np.float64)),
+            "probability_km2": float(np.nansum(chance * pixel_area_km2(work.inner), dtype=np.float64)),
+            "items": items,
+            "offsets": asked,
+            "seconds": round(time.monotonic() - start, 3),
+        },
+    )
+    return {**counts, "computed": 1.0}
+
+
+def _holds(done: list[int], wanted: tuple[int, int, int, int]) -> bool:
+    return done[0] <= wanted[0] and done[1] >= wanted[1] and done[2] <= wanted[2] and done[3] >= wanted[3]
+
+
+def _image(inner: Grid, job: Job) -> tuple[np.ndarray, np.ndarray, list[str], dict[str, str]]:
+    """The composite with the model's halo, read from the source, and the clear looks without the halo."""
+    halo = job.checkpoint.recipe.halo
+    seen = inner.buffered(halo)
+    bands = job.checkpoint.recipe.bands
+    ids = [name for group in job.store.read_cell(inner.group, inner.cell, job.period) or [] for name in group]
+    items = [job.store.read_item(name) for name in ids]
+    decided = {item["id"]: decide(item, job) for item in items}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*no SCL")  # the client has said so once
+        layers = load_layers(
+            items,
+            seen,
+            bands=bands,
+            reader=job.reader,
+            chunk=seen.height + seen.width,
+            access=job.access,
+            scalings=decided,
+        )
+    with ThreadPoolExecutor(READ_THREADS, "read") as pool:
+        image, count = composite_layers(layers, job.rule, lambda lazy: _loaded(lazy, pool))
+    used = [str(name) for name in layers["id"].values]
+    return image, count[halo:-halo, halo:-halo], used, layers.attrs["offsets"]
+
+
+def _loaded(lazy: da.Array, pool: ThreadPoolExecutor) -> np.ndarray:
+    """A lazy array read straight into place, without a second copy for the concatenation."""
+    out = np.empty(lazy.shape, lazy.dtype)
+    da.store(lazy, out, lock=False, scheduler="threads", pool=pool)
+    return out
+
+
+def decide(item: Item, job: Job) -> Scaling:
+    """The item's scaling, corrected where its own pixels contradict it; the answer is kept beside the store."""
+    said = scaling(item)
+    if said.offset != OFFSET:
+        return said
+    path = job.store.meta / "offsets" / f"{item['id']}.json"
+    if path.exists():
+        return Scaling(**json.loads(path.read_text()))
+    key = asset_key(item, "blue")
+    blue = read_overview(item["assets"][key]["href"], job.access) if key else np.zeros(0, np.uint16)
+    if contradicts(said, blue):
+        said = Scaling(0, said.scale, f"{said.reason}, but the pixels lie below the offset")
+    write_atomically(path, json.dumps(asdict(said)))
+    return said
+
+
+def _valid(inner: Grid, job: Job) -> np.ndarray:
+    """Which pixels may be mapped: the zone's own and, with --aoi, those within it; bool (y, x)."""
+    aoi = job.store.meta / "aoi.wkt"
+    own = inner.owned()
+    return own & _inside_aoi(inner, aoi) if aoi.exists() else own
+
+
+def _whole(data: np.ndarray, work: Work) -> np.ndarray:
+    """The windows' data in a full super-tile (or its quicklook), nothing observed elsewhere."""
+    scale = WINDOW if data.shape[-1] == work.inner.width else WINDOW // QUICKLOOK
+    side = work.tile.width * scale // WINDOW
+    missing = 255 if data.dtype == np.uint8 and scale == WINDOW and data.ndim == 2 else 0
+    return _placed(data, (work.windows[0] * scale, work.windows[2] * scale), side, missing)
+
+
+def _placed(data: np.ndarray, corner: tuple[int, int], side: int, missing: int) -> np.ndarray:
+    out = np.full((*data.shape[:-2], side, side), missing, data.dtype)
+    out[..., corner[0] : corner[0] + data.shape[-2], corner[1] : corner[1] + data.shape[-1]] = data
+    return out
+
+
+def mine_from(checkpoint: Checkpoint) -> int:
+    """The whole per cent from which a pixel counts as mine."""
+    return int(np.ceil(checkpoint.recipe.threshold * 100 - 1e-9))
+
+
+def count(answer: np.ndarray, inner: Grid, job: Job) -> dict[str, float]:
+    """km² on the ellipsoid within the asked box (and aoi): in all, observed, mine."""
+    asked = inner.inside(job.bbox)
+    aoi = job.store.meta / "aoi.wkt"
+    if aoi.exists():
+        asked &= _inside_aoi(inner, aoi)
+    area = pixel_area_km2(inner) * asked
+    observed = answer != 255
+    mine = observed & (answer >= mine_from(job.checkpoint))
+    return {
+        "km2_total": float(area.sum()),
+        "km2_observed": float(area[observed].sum()),
+        "km2_mine": float(area[mine].sum()),
+    }
+
+
+def quicklook(image: np.ndarray, outside: np.ndarray, job: Job) -> np.ndarray:
+    """Red, green, blue of a composite (band, y, x) as 8-px means, uint8 (3, y/8, x/8), 0 = not observed."""
+    bands = job.checkpoint.recipe.bands
+    rgb = [image[bands.index(b)] if b in bands else np.full(outside.shape, np.nan) for b in ("red", "green", "blue")]
+    colours = np.where(outside, np.nan, np.stack(rgb))
+    height, width = outside.shape
+    blocks = colours.reshape(3, height // QUICKLOOK, QUICKLOOK, width // QUICKLOOK, QUICKLOOK)
+    seen = np.isfinite(blocks).sum(axis=(2, 4))
+    mean = np.nansum(blocks, axis=(2, 4)) / np.maximum(seen, 1)
+    bright = 1 + 254 * np.clip(mean / QUICKLOOK_WHITE, 0, 1) ** 0.7
+    return np.where(seen > 0, np.rint(bright), 0).astype(np.uint8)
+
+
+# --- area of interest -------------------------------------------------------------------------------------------
+
+
+def load_aoi(path: str | Path) -> shapely.Geometry:
+    """The union of a vector file's polygons in degrees. Raises InputError."""
+    import geopandas
+    from pyogrio.errors import DataSourceError
+
+    try:
+        frame = geopandas.read_file(path)
+    except (DataSourceError, OSError, ValueError) as error:
+        raise InputError(f"aoi {path} can't be read as a vector file: {str(error).splitlines()[0]}") from error
+    if frame.crs is None:
+        raise InputError(f"aoi {path} has no coordinate reference system: set one in the file")
+    polygons = frame.to_crs(4326).geometry
+    polygons = polygons[polygons.geom_type.isin(["Polygon", "MultiPolygon"])]
+    if polygons.empty:
+        raise InputError(f"aoi {path} holds no polygons")
+    return polygons.make_valid().union_all()
+
+
+def aoi_hash(path: str | Path | None) -> str | None:
+    return parameters_hash({"aoi": load_aoi(path).wkt}) if path else None
+
+
+def _meets(tile: Grid, area: shapely.Geometry) -> bool:
+    from shapely.geometry import box
+
+    return bool(area.intersects(box(*tile.lonlat_bounds)))
+
+
+def _inside_aoi(grid: Grid, path: Path) -> np.ndarray:
+    from rasterio.features import geometry_mask
+
+    area = _aoi_in_zone(path, grid.epsg)
+    return geometry_mask([area], grid.shape, grid.transform, invert=True)
+
+
+@lru_cache(maxsize=8)
+def _aoi_in_zone(path: Path, epsg: int) -> shapely.Geometry:
+    import geopandas
+    import shapely
+
+    area = shapely.segmentize(shapely.from_wkt(path.read_text()), 0.01)
+    return geopandas.GeoSeries([area], crs=4326).to_crs(epsg).iloc[0]
+
+
+# --- what a run says at its end ---------------------------------------------------------------------------------
+
+
+def _summary(made: Plan, store: Store, counts: np.ndarray, seconds: float) -> dict[str, Any]:
+    total, observed, mine, computed = counts.sum(axis=0)
+    used = {name for w in made.work for name in _record_items(store, w, made.period)}
+    return {
+        "out": str(store.path),
+        "date": str(made.period),
+        "km2_total": round(float(total), 4),
+        "km2_observed": round(float(observed), 4),
+        "km2_not_observed": round(float(total - observed), 4),
+        "km2_mine": round(float(mine), 4),
+        "super_tiles": len(made.work),
+        "super_tiles_done": len(made.work),
+        "super_tiles_computed": int(computed),
+        "items": len(used),
+        "seconds": round(seconds, 2),
+        "zones": [grid.group for grid in made.grids],
+        "model": made.checkpoint.recipe.name,
+        "model_sha256": made.checkpoint.sha256,
+        "precision": made.settings.precision,
+    }
+
+
+def _record_items(store: Store, work: Work, period: Period) -> Iterable[str]:
+    return (store.record(work.tile, period) or {}).get("items", [])

@@ -1,0 +1,190 @@
+"""An image and a checkpoint to the probability of mine.
+
+Results depend on the checkpoint, the pixels and the precision alone: a call always sees a full batch of windows
+that lie on the zone's lattice, and runs on one thread (a second core runs a second batch), so the number of cores
+or workers changes nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import threading
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from .checkpoint import Checkpoint, load_model
+from .errors import CheckpointError, InputError
+from .tiles import Layout, run_windows
+
+NOT_OBSERVED = 255  # in per cent maps
+PRECISIONS = ("bf16", "fp32")
+BATCH = {"cpu": 4, "cuda": 32}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the network is run. precision: part of a result's identity. streams: batches at a time on a CPU."""
+
+    precision: str = "fp32"
+    streams: int = 1
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise InputError(f"unknown precision {self.precision!r}: give one of {', '.join(PRECISIONS)}")
+
+    @staticmethod
+    def for_machine(precision: str | None = None, workers: int = 1) -> Settings:
+        """bf16 where the processor has the instructions (it is slower where not), else fp32, unless asked."""
+        return Settings(precision or native_precision(), max(1, cores() // workers))
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def native_precision() -> str:
+    """bf16 where the processor's flags say that it multiplies bfloat16, else fp32."""
+    flags = Path("/proc/cpuinfo")
+    if platform.system() == "Linux" and flags.exists():
+        words = set(flags.read_text().split())
+        return "bf16" if words & {"avx512_bf16", "amx_bf16", "bf16"} else "fp32"
+    return "fp32"
+
+
+def layout(checkpoint: Checkpoint) -> Layout:
+    """The windows that a checkpoint was made for, and the batch for this machine's device."""
+    recipe = checkpoint.recipe
+    return Layout(recipe.window, recipe.halo, BATCH[device()])
+
+
+@lru_cache(maxsize=1)
+def device() -> str:
+    """ "cuda" where torch finds a GPU, else "cpu"."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def predict(image: xr.DataArray, checkpoint: Checkpoint, *, precision: str | None = None) -> xr.DataArray:
+    """Lazy probability of mine in per cent, uint8 (y, x), 255 = not observed: a map's pixels.
+
+    image: reflectance float32 (band, y, x) on a zone's lattice (coordinates x, y: pixel centres in metres, y
+    descending; band: names), NaN where not observed, dask or numpy. A band that the checkpoint wants and the image
+    lacks counts as absent. Windows lie at multiples of 256 px of the zone; what lies outside the image counts as
+    not observed, so the pixels are a map's in every window whose full 320 px lie inside.
+    """
+    settings = Settings.for_machine(precision)
+    size, halo = checkpoint.recipe.window, checkpoint.recipe.halo
+    wanted = image.reindex(band=list(checkpoint.recipe.bands)).transpose("band", "y", "x")
+    before, after = _margins(wanted, size)
+    padding = {"y": (before[0], after[0]), "x": (before[1], after[1])}
+    whole = wanted.drop_vars([*wanted.coords]).pad(padding, constant_values=np.nan)
+    shape = whole.sizes["y"], whole.sizes["x"]
+    chunks = {"y": _whole_windows(wanted, "y", size), "x": _whole_windows(wanted, "x", size)}
+    overlapped, template = _overlapped(whole.chunk({"band": -1, **chunks}), halo)
+    answer = xr.map_blocks(_percent_block, overlapped, [checkpoint, settings], template=template)
+    trimmed = answer[before[0] : shape[0] - after[0], before[1] : shape[1] - after[1]]
+    kept = {name: image.coords[name] for name in ("y", "x", "spatial_ref") if name in image.coords}
+    attrs = {"long_name": "probability of mine", "units": "percent", "model": checkpoint.recipe.name}
+    return trimmed.assign_coords(kept).assign_attrs(attrs).rename("probability")
+
+
+def _margins(image: xr.DataArray, size: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Pixels to add (top, left), (bottom, right) so that the image starts and ends on the lattice of windows."""
+    y, x = image["y"].values, image["x"].values
+    step = abs(float(x[1] - x[0])) if len(x) > 1 else abs(float(y[1] - y[0]))
+    first = round(-(y[0] / step + 0.5)), round(x[0] / step - 0.5)  # row and column of the zone's lattice
+    before = first[0] % size, first[1] % size
+    return before, (-(before[0] + len(y)) % size, -(before[1] + len(x)) % size)
+
+
+def _whole_windows(image: xr.DataArray, dim: str, size: int) -> int:
+    """A chunk side near the image's own that holds whole windows."""
+    own = max(image.chunksizes.get(dim, (image.sizes[dim],)))
+    return max(size, min(own, 8 * size) // size * size)
+
+
+def _overlapped(image: xr.DataArray, halo: int) -> tuple[xr.DataArray, xr.DataArray]:
+    """The image with `halo` shared pixels around each chunk, and what comes out of its chunks.
+
+    HACK for pydata/xarray#3147 (xarray has no map_overlap): dask makes the overlap, xarray maps over the blocks.
+    """
+    import dask.array as da
+
+    depth = {1: halo, 2: halo}
+    shared = da.overlap.overlap(image.data, depth={0: 0, **depth}, boundary={0: "none", 1: np.nan, 2: np.nan})
+    blocks = da.zeros(image.shape[1:], chunks=image.data.chunks[1:], dtype=np.uint8)
+    return xr.DataArray(shared, dims=image.dims), xr.DataArray(blocks, dims=("y", "x"))
+
+
+def _percent_block(image: xr.DataArray, checkpoint: Checkpoint, settings: Settings) -> xr.DataArray:
+    if not image.size:  # xarray tries a function on nothing
+        return xr.DataArray(np.zeros((0, 0), np.uint8), dims=("y", "x"))
+    return xr.DataArray(percent(probability(image.values, checkpoint, settings)), dims=("y", "x"))
+
+
+def percent(probability: np.ndarray) -> np.ndarray:
+    """Probability 0-1 with NaN to whole per cent, uint8 with 255."""
+    rounded = np.rint(np.nan_to_num(probability) * 100).astype(np.uint8)
+    return np.where(np.isnan(probability), np.uint8(NOT_OBSERVED), rounded)
+
+
+def probability(image: np.ndarray, checkpoint: Checkpoint, settings: Settings) -> np.ndarray:
+    """Probability of mine, float32 (y, x), NaN where not observed, of an image with its halo.
+
+    image: float32 (band, y + 2 halo, x + 2 halo), bands in the checkpoint's order, whole windows in y and x.
+    One image at a time in a process: the network is behind a lock.
+    """
+    runner = _runner(checkpoint.path, checkpoint.sha256, settings)
+    with runner.lock:
+        return run_windows(image, runner, layout(checkpoint), runner.map)
+
+
+@lru_cache(maxsize=2)
+def _runner(path: Path, sha256: str, settings: Settings) -> Runner:
+    """One a process: what travels with a task is the checkpoint's path and hash, never its weights."""
+    checkpoint = load_model(path)
+    if checkpoint.sha256 != sha256:
+        raise CheckpointError(f"{path} holds another model here than where the run was started")
+    return Runner(checkpoint, settings)
+
+
+class Runner:
+    """A checkpoint's network on this process's device: windows of reflectance to probabilities."""
+
+    def __init__(self, checkpoint: Checkpoint, settings: Settings) -> None:
+        import torch
+
+        self.recipe, self.settings, self.device = checkpoint.recipe, settings, device()
+        self.lock = threading.Lock()
+        self.network = checkpoint.network().to(self.device).to(memory_format=torch.channels_last)
+        streams = settings.streams if self.device == "cpu" else 1
+        self.pool = ThreadPoolExecutor(streams, "network", initializer=torch.set_num_threads, initargs=(1,))
+
+    def map(self, function: Any, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """`map` over the pool, with no more batches cut than are needed soon."""
+        pending: list[Any] = []
+        for batch in batches:
+            pending.append(self.pool.submit(function, batch))
+            if len(pending) > self.settings.streams:
+                yield pending.pop(0).result()
+        for future in pending:
+            yield future.result()
+
+    def __call__(self, windows: np.ndarray) -> np.ndarray:
+        import torch
+
+        x = torch.from_numpy(self.recipe.normalise(windows)).to(self.device)
+        bf16 = self.settings.precision == "bf16"
+        with torch.inference_mode(), torch.autocast(self.device, torch.bfloat16, enabled=bf16):
+            logits = self.network(x.contiguous(memory_format=torch.channels_last))
+        return torch.sigmoid(logits.float())[:, 0].cpu().numpy()

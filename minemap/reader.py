@@ -1,0 +1,243 @@
+"""The hardened reader: which addresses may be opened, late signing, retries, exact warps.
+
+One function reads one piece of one asset on a Grid: `read_asset`. `ExactReader` is the same as a reader class for
+stackstac.
+
+Why a reader of our own: GDAL's default warp approximates the transformer over the window that is read and derives
+the kernel's size from it, so the same ground pixel differs between reads (91-99 % of the pixels for a source in
+another CRS). Here the transformer is exact and the kernel's scale depends on the two grids alone.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+import rasterio
+from affine import Affine
+from rasterio._path import _parse_path
+from rasterio.enums import Resampling
+from rasterio.errors import RasterioError, RasterioIOError
+from rasterio.vrt import WarpedVRT
+from rasterio.windows import Window
+
+from .errors import ReadError
+from .sentinel2 import NODATA
+
+DRIVERS = ["GTiff", "JP2OpenJPEG"]  # a VRT can make GDAL open anything else, so none but these
+ATTEMPTS = 5
+PAUSE = 0.25  # seconds before the second attempt, doubled each time
+TOLERANCE = 1e-12  # pixels; 0 crashes GDAL
+ALLOW_VARIABLE = "MINEMAP_ALLOW_HOSTS"
+KNOWN_HOSTS = (".amazonaws.com", ".blob.core.windows.net", ".copernicus.eu", ".usgs.gov")
+
+GDAL_OPTIONS: dict[str, Any] = {
+    "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",
+    "GDAL_HTTP_MAX_RETRY": 8,
+    "GDAL_HTTP_RETRY_DELAY": 0.25,
+    "GDAL_HTTP_RETRY_CODES": "408,429,500,502,503,504",
+    "GDAL_HTTP_CONNECTTIMEOUT": 10,
+    "GDAL_HTTP_TIMEOUT": 60,
+    "GDAL_HTTP_MERGE_CONSECUTIVE_RANGES": "YES",
+    "GDAL_INGESTED_BYTES_AT_OPEN": 32_768,
+    "GDAL_NUM_THREADS": 1,  # parallelism is over assets
+    "GDAL_PAM_ENABLED": "NO",
+    "GDAL_CACHEMAX": 256 * 2**20,
+}
+
+
+@dataclass(frozen=True)
+class Access:
+    """What a source's items may make us open. Travels with every read, so that workers obey it too.
+
+    local: files of this machine (only items of a local item file may point at them). hosts: None for any host,
+    else exact names and, with a leading dot, domains. sign: Planetary Computer tokens, taken when opening.
+    """
+
+    local: bool = True
+    hosts: tuple[str, ...] | None = None
+    sign: bool = False
+
+    @staticmethod
+    def of(source: Any) -> Access:
+        """For the items of a `scenes.Source`."""
+        if source.is_file:
+            return Access()
+        extra = tuple(filter(None, os.environ.get(ALLOW_VARIABLE, "").split(",")))
+        return Access(False, (urlsplit(source.url).hostname or "", *KNOWN_HOSTS, *extra), source.signed)
+
+    def check(self, href: str) -> None:
+        """Raises ReadError when `href` may not be opened."""
+        scheme = urlsplit(href).scheme
+        if href.startswith("/vsi") or scheme not in ("", "http", "https", "s3"):
+            raise ReadError(f"asset {href!r}: only http(s), s3 and plain paths are opened")
+        if scheme == "" and not self.local:
+            raise ReadError(f"asset {href!r}: a catalogue may not point at files of this machine")
+        if scheme in ("http", "https") and self.hosts is not None and not self._allows(urlsplit(href).hostname):
+            host = urlsplit(href).hostname
+            raise ReadError(f"asset {href!r}: host {host} is not allowed; set {ALLOW_VARIABLE}={host} to trust it")
+
+    def _allows(self, host: str | None) -> bool:
+        name = (host or "").lower()
+        return any(name == h or (h.startswith(".") and name.endswith(h)) for h in self.hosts or ())
+
+
+def read_asset(
+    href: str,
+    *,
+    epsg: int,
+    transform: Affine,
+    window: Window,
+    resampling: Resampling,
+    access: Access,
+) -> np.ndarray:
+    """One band of one asset on a target grid, in its own dtype, (y, x); 0 where it has nothing.
+
+    epsg, transform: the target lattice; window: the piece of it to read. Where the source already lies on the
+    lattice its pixels are copied; everything else is warped, with `resampling`. Raises ReadError after 5 attempts
+    at a remote asset, and at once for a local one.
+    """
+    target = transform @ Affine.translation(window.col_off, window.row_off)
+    shape = int(window.height), int(window.width)
+
+    def read(source: Any) -> np.ndarray:
+        same_crs = source.crs.to_epsg() == epsg
+        offset = _lattice_offset(source.transform, target) if same_crs else None
+        if offset is not None:
+            return _copied(source, offset, shape)
+        return _warped(source, epsg, target, shape, resampling)
+
+    return _attempted(href, access, read)
+
+
+def read_overview(href: str, access: Access, side: int = 256) -> np.ndarray:
+    """A whole asset at no more than about `side` px a side, stored values (y, x), from its overviews if any."""
+
+    def read(source: Any) -> np.ndarray:
+        step = max(1, source.width // side, source.height // side)
+        return source.read(1, out_shape=(max(1, source.height // step), max(1, source.width // step)))
+
+    return _attempted(href, access, read)
+
+
+def _attempted(href: str, access: Access, read: Callable[[Any], np.ndarray]) -> np.ndarray:
+    """`read` of the opened asset, again and again where it is remote. Raises ReadError."""
+    access.check(href)
+    for attempt in range(ATTEMPTS if "://" in href else 1):
+        if attempt:
+            time.sleep(PAUSE * 2**attempt)
+        signed = _signed(href, access)
+        # GDAL keeps what it has read of an address, failures too: look afresh the second time
+        fresh = {"CPL_VSIL_CURL_NON_CACHED": f"/vsicurl/{signed}"} if attempt else {}
+        try:
+            with rasterio.Env(**GDAL_OPTIONS, **fresh), _open(signed) as source:
+                if source.count != 1:
+                    raise RasterioIOError(f"has {source.count} bands, 1 is expected")
+                if source.crs is None:
+                    raise RasterioIOError("has no coordinate reference system")
+                return read(source)
+        except (RasterioError, OSError) as error:
+            problem = error
+    raise ReadError(f"asset {href!r} can't be read: {str(problem).splitlines()[0]}") from problem
+
+
+def _signed(href: str, access: Access) -> str:
+    if not access.sign:
+        return href
+    import planetary_computer
+
+    return planetary_computer.sign_url(href)
+
+
+def _open(href: str) -> rasterio.DatasetReader:
+    # rasterio.open takes one driver only; the class it makes takes the list
+    return rasterio.DatasetReader(_parse_path(href), driver=DRIVERS, sharing=False)
+
+
+def _lattice_offset(source: Affine, target: Affine) -> tuple[int, int] | None:
+    """(row, column) of the target's first pixel in the source, None unless both share one lattice."""
+    if (source.a, source.b, source.d, source.e) != (target.a, target.b, target.d, target.e):
+        return None
+    column, row = ~source @ (target.c, target.f)
+    exact = abs(column - round(column)) < 1e-6 and abs(row - round(row)) < 1e-6
+    return (round(row), round(column)) if exact else None
+
+
+def _copied(source: Any, offset: tuple[int, int], shape: tuple[int, int]) -> np.ndarray:
+    out = np.zeros(shape, source.dtypes[0])
+    rows = max(offset[0], 0), min(offset[0] + shape[0], source.height)
+    columns = max(offset[1], 0), min(offset[1] + shape[1], source.width)
+    if rows[0] < rows[1] and columns[0] < columns[1]:
+        data = source.read(1, window=Window.from_slices(rows, columns))
+        if source.nodata not in (None, NODATA):
+            data[data == source.nodata] = NODATA
+        row, column = rows[0] - offset[0], columns[0] - offset[1]
+        out[row : row + data.shape[0], column : column + data.shape[1]] = data
+    return out
+
+
+def _warped(source: Any, epsg: int, target: Affine, shape: tuple[int, int], resampling: Resampling) -> np.ndarray:
+    scale = _kernel_scale(source, epsg, target.a)
+    with WarpedVRT(
+        source,
+        sharing=False,
+        crs=f"EPSG:{epsg}",
+        transform=target,
+        height=shape[0],
+        width=shape[1],
+        resampling=resampling,
+        src_nodata=NODATA if source.nodata is None else source.nodata,
+        nodata=NODATA,
+        tolerance=TOLERANCE,
+        XSCALE=str(scale),
+        YSCALE=str(scale),
+    ) as vrt:
+        return vrt.read(1)
+
+
+def _kernel_scale(source: Any, epsg: int, resolution: float) -> float:
+    """Source pixels per target pixel, inverted, as GDAL counts: 1 unless the source is clearly finer.
+
+    From the source's own extent, so the same for every window of it. Rounded, so that 9.97 m on a geographic
+    lattice counts as 10 m.
+    """
+    bounds = rasterio.warp.transform_bounds(source.crs, f"EPSG:{epsg}", *source.bounds)
+    pixel = max((bounds[2] - bounds[0]) / source.width, (bounds[3] - bounds[1]) / source.height)
+    return min(1.0, round(pixel / resolution, 1) or 0.1)
+
+
+class ExactReader:
+    """`read_asset` as stackstac's Reader protocol. Opens nothing until it is read, and keeps nothing open."""
+
+    def __init__(
+        self,
+        *,
+        url: str,
+        spec: Any,
+        resampling: Resampling,
+        dtype: np.dtype,
+        fill_value: int,
+        access: Access,
+        **_: Any,  # scale_offset, gdal_env, errors_as_nodata: the protocol's, decided elsewhere here
+    ) -> None:
+        self.url, self.spec, self.resampling, self.dtype, self.access = url, spec, resampling, dtype, access
+
+    def read(self, window: Window, **_: Any) -> np.ndarray:
+        transform = Affine(*self.spec.transform[:6])
+        data = read_asset(
+            self.url,
+            epsg=self.spec.epsg,
+            transform=transform,
+            window=window,
+            resampling=self.resampling,
+            access=self.access,
+        )
+        return data.astype(self.dtype, copy=False)
+
+    def close(self) -> None:
+        pass

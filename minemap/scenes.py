@@ -1,0 +1,422 @@
+"""Which scenes: a period, a search in a STAC source, the choice of acquisitions for each cell.
+
+Items are plain STAC JSON (dicts) throughout: pystac rewrites `proj:epsg` on reading, which stackstac can't use.
+"""
+
+from __future__ import annotations
+
+import calendar
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, date, datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import urljoin, urlsplit
+
+import shapely
+from shapely.geometry import box, shape
+
+from .errors import CatalogueError, InputError, NoItemsError
+from .grid import CELL, BBox, Grid, cell_grid, continuous_lonlat
+from .sentinel2 import BANDS, SCL, Item, asset_key, baseline
+
+SOURCES = {
+    "earth-search": "https://earth-search.aws.element84.com/v1",
+    "planetary-computer": "https://planetarycomputer.microsoft.com/api/stac/v1",
+}
+COLLECTION = "sentinel-2-l2a"
+PAGE = 100  # items a page; larger answers exceed what Earth Search sends
+TIMEOUT = (5, 30)  # seconds to connect, to read
+HALO_METRES = 1000.0  # a cell also wants items that only its halo meets (32 px of up to 30 m)
+
+
+@dataclass(frozen=True)
+class Period:
+    """First and last day, both included."""
+
+    start: date
+    end: date
+
+    def __str__(self) -> str:
+        return f"{self.start}/{self.end}"
+
+    @property
+    def slug(self) -> str:
+        return f"{self.start}_{self.end}"
+
+    @property
+    def interval(self) -> str:
+        """As STAC's `datetime` wants it."""
+        return f"{self.start}T00:00:00Z/{self.end}T23:59:59Z"
+
+    def holds(self, moment: datetime) -> bool:
+        return self.start <= moment.date() <= self.end
+
+
+def parse_period(text: str | Period) -> Period:
+    """A year, a month, a day, or start/end of these: 2023, 2023-06, 2023-06-15, 2022-11/2023-02."""
+    if isinstance(text, Period):
+        return text
+    parts = str(text).strip().split("/")
+    if len(parts) > 2:
+        raise InputError(f"date {text!r} has more than one '/': give one date, or start/end")
+    spans = [_span(part.strip(), text) for part in parts]
+    period = Period(spans[0][0], spans[-1][1])
+    if period.start > period.end:
+        raise InputError(f"date {text!r} ends before it starts: the order is start/end")
+    return period
+
+
+def _span(part: str, whole: str) -> tuple[date, date]:
+    found = re.fullmatch(r"(\d{4})(?:-(\d{2}))?(?:-(\d{2}))?", part)
+    if not found:
+        raise InputError(f"date {whole!r} is not a year, month or day (2023, 2023-06, 2023-06-15) or start/end")
+    year, month, day = (int(g) if g else None for g in found.groups())
+    try:
+        first = date(year or 0, month or 1, day or 1)
+    except ValueError as error:
+        raise InputError(f"date {whole!r}: {error}") from None
+    last_month = month or 12
+    return first, date(first.year, last_month, day or calendar.monthrange(first.year, last_month)[1])
+
+
+def parse_months(text: str | None) -> tuple[int, ...]:
+    """ "6-9", "11-2" (over the new year) or "1,6,7" as month numbers; () for all."""
+    if not text:
+        return ()
+    months: list[int] = []
+    for part in str(text).split(","):
+        ends = re.fullmatch(r"\s*(\d{1,2})(?:-(\d{1,2}))?\s*", part)
+        first, last = (int(ends[1]), int(ends[2] or ends[1])) if ends else (0, 0)
+        if not (1 <= first <= 12 and 1 <= last <= 12):
+            raise InputError(f"months {text!r}: give numbers from 1 to 12, as 6-9, 11-2 or 1,6,7")
+        months += [(first + i - 1) % 12 + 1 for i in range((last - first) % 12 + 1)]
+    return tuple(dict.fromkeys(months))
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where items come from. name: as the user gave it; url: of the API, or the item file's path."""
+
+    name: str
+    url: str
+    collection: str
+    is_file: bool = False
+
+    @property
+    def signed(self) -> bool:
+        """Whether assets are opened with the Planetary Computer's tokens."""
+        return self.url.startswith(SOURCES["planetary-computer"])
+
+
+def source(name: str | Path = "earth-search", collection: str | None = None) -> Source:
+    """A known source's name, the URL of a STAC API, or the path of an item file."""
+    name = str(name)
+    if name in SOURCES:
+        return Source(name, SOURCES[name], collection or COLLECTION)
+    if urlsplit(name).scheme in ("http", "https"):
+        return Source(name, name, collection or COLLECTION)
+    if Path(name).is_file():
+        return Source(name, str(Path(name).resolve()), collection or "", is_file=True)
+    known = ", ".join(SOURCES)
+    raise InputError(f"unknown STAC source {name!r}: give one of {known}, the URL of an API, or an item file")
+
+
+@dataclass
+class Tally:
+    """How many items a search found and how many each filter removed, for messages."""
+
+    found: int = 0
+    removed: dict[str, int] = field(default_factory=dict)
+
+    def keep(self, items: list[Item], wanted: Iterable[bool], why: str) -> list[Item]:
+        kept = [item for item, yes in zip(items, wanted, strict=True) if yes]
+        if len(kept) < len(items):
+            self.removed[why] = self.removed.get(why, 0) + len(items) - len(kept)
+        return kept
+
+    def __str__(self) -> str:
+        removed = ", ".join(f"{n} by {why}" for why, n in self.removed.items())
+        return f"{self.found} found" + (f", removed: {removed}" if removed else "")
+
+
+def search(
+    bbox: BBox,
+    period: str | Period,
+    *,
+    stac: str | Source = "earth-search",
+    collection: str | None = None,
+    max_cloud: float = 60.0,
+    months: tuple[int, ...] = (),
+) -> list[Item]:
+    """The items over `bbox` (degrees; west > east crosses the antimeridian) in a period, as plain STAC JSON.
+
+    Sorted by id, without duplicates (one product an acquisition and tile: the newest processing baseline).
+    Raises NoItemsError, which says what was asked and what each filter removed; CatalogueError when the source
+    can't be read.
+    """
+    where = stac if isinstance(stac, Source) else source(stac, collection)
+    when = parse_period(period)
+    tally = Tally()
+    items = list({item["id"]: item for item in _fetch(where, bbox, when)}.values())
+    tally.found = len(items)
+    items = _filter(items, tally, when=when, max_cloud=max_cloud, months=months)
+    if not items:
+        box_text = " ".join(f"{n:g}" for n in bbox)
+        what = f"collection {where.collection} " if where.collection else ""
+        raise NoItemsError(
+            f"no items in {where.name} {what}for bbox {box_text}, {when}, cloud up to {max_cloud:g} %: {tally}; "
+            "try a longer period, more cloud or other months"
+        )
+    return sorted(items, key=lambda item: item["id"])
+
+
+def _filter(
+    items: list[Item], tally: Tally, *, when: Period, max_cloud: float, months: tuple[int, ...]
+) -> list[Item]:
+    items = tally.keep(items, (when.holds(moment(i)) for i in items), "the period")
+    items = tally.keep(items, (not months or moment(i).month in months for i in items), "--months")
+    items = tally.keep(items, (cloud(i) <= max_cloud for i in items), f"--max-cloud {max_cloud:g}")
+    has_bands = (any(asset_key(i, band) for band in BANDS) for i in items)
+    items = tally.keep(items, has_bands, "having none of the bands")
+    best = {item["id"] for item in newest(items)}
+    return tally.keep(items, (i["id"] in best for i in items), "being an older version of another")
+
+
+def _fetch(where: Source, bbox: BBox, period: Period) -> Iterator[Item]:
+    if where.is_file:
+        yield from _from_file(where, bbox)
+        return
+    for part in _halves(bbox):
+        yield from _from_api(where, part, period)
+
+
+def _halves(bbox: BBox) -> list[BBox]:
+    west, south, east, north = bbox
+    if west <= east:
+        return [bbox]
+    return [(west, south, 180.0, north), (-180.0, south, east, north)]
+
+
+def _from_api(where: Source, bbox: BBox, period: Period) -> Iterator[Item]:
+    from pystac_client import Client
+    from pystac_client.exceptions import APIError
+    from pystac_client.stac_api_io import StacApiIO
+    from requests.exceptions import RequestException
+    from urllib3 import Retry
+
+    statuses = [408, 429, 500, 502, 503, 504]
+    retry = Retry(6, connect=2, backoff_factor=0.3, status_forcelist=statuses, allowed_methods=None)
+    try:
+        client = Client.open(where.url, stac_io=StacApiIO(timeout=TIMEOUT, max_retries=retry))
+        found = client.search(collections=[where.collection], bbox=bbox, datetime=period.interval, limit=PAGE)
+        for item in found.items_as_dicts():
+            yield _clean(item, base=_self_link(item))
+    except (APIError, RequestException) as error:
+        raise CatalogueError(
+            f"STAC source {where.url}: {_first_line(error)}; check the address, or try later"
+        ) from error
+    except (KeyError, TypeError, ValueError, NotImplementedError, AttributeError) as error:
+        raise CatalogueError(f"{where.url} does not answer as a STAC API: {_first_line(error)}") from error
+
+
+def _from_file(where: Source, bbox: BBox) -> Iterator[Item]:
+    try:
+        content = json.loads(Path(where.url).read_text())
+        raw = content if isinstance(content, list) else content.get("features") or [content]
+        items = [_clean(item, base=Path(where.url).as_uri()) for item in raw]
+        areas = [_area(item) for item in items]
+    except (ValueError, KeyError, TypeError, AttributeError, shapely.errors.ShapelyError) as error:
+        raise CatalogueError(f"item file {where.name} is not a STAC ItemCollection: {_first_line(error)}") from error
+    except OSError as error:
+        raise CatalogueError(f"item file {where.name} can't be read: {error.strerror}") from error
+    wanted = shapely.union_all([box(*part) for part in _halves(bbox)])
+    for item, area in zip(items, areas, strict=True):
+        in_collection = not where.collection or item.get("collection") == where.collection
+        if in_collection and area.intersects(wanted):
+            yield item
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    text = lines[0] if lines else type(error).__name__
+    refused = re.search(r"(Connection refused|Name or service not known|timed out|No route to host)", str(error))
+    return refused[1] if refused else text[:200]
+
+
+def _self_link(item: Item) -> str:
+    return next((link["href"] for link in item.get("links", []) if link.get("rel") == "self"), "")
+
+
+def _clean(item: Item, *, base: str) -> Item:
+    """A copy with what we read and nothing else: our assets, absolute hrefs, `proj:epsg` beside `proj:code`."""
+    keys = filter(None, (asset_key(item, band) for band in (*BANDS, SCL)))
+    assets = {key: _clean_asset(item["assets"][key], base) for key in keys}
+    properties = _with_epsg(item["properties"])
+    moment({"properties": properties, "id": item["id"]})
+    kept: Item = {
+        key: item[key] for key in ("type", "stac_version", "id", "collection", "bbox", "geometry") if key in item
+    }
+    return {**kept, "properties": properties, "assets": assets, "links": []}
+
+
+def _clean_asset(asset: dict[str, Any], base: str) -> dict[str, Any]:
+    href = urljoin(base, asset["href"])
+    return {**_with_epsg(asset), "href": href.removeprefix("file://")}
+
+
+def _with_epsg(fields: dict[str, Any]) -> dict[str, Any]:
+    """HACK for gjoseph92/stackstac#262: it knows `proj:epsg` only, newer catalogues have `proj:code` only."""
+    code = str(fields.get("proj:code") or "")
+    if code.startswith("EPSG:") and "proj:epsg" not in fields:
+        return {**fields, "proj:epsg": int(code[5:])}
+    return dict(fields)
+
+
+def moment(item: Item) -> datetime:
+    """When the item was sensed, UTC."""
+    properties = item["properties"]
+    text = properties.get("datetime") or properties.get("start_datetime")
+    if not text:
+        raise ValueError(f"item {item['id']} has no datetime")
+    found = datetime.fromisoformat(text)
+    return found.replace(tzinfo=UTC) if found.tzinfo is None else found.astimezone(UTC)
+
+
+def cloud(item: Item) -> float:
+    """Cloud cover in per cent; 0 when the item does not say."""
+    return float(item["properties"].get("eo:cloud_cover") or 0.0)
+
+
+def acquisition_id(item: Item) -> str:
+    """The same for all items that one satellite sensed in one pass, whatever the tile or the baseline."""
+    properties = item["properties"]
+    take = properties.get("s2:datatake_id") or properties.get("eopf:datatake_id")
+    if take:
+        return re.sub(r"_N\d{2}\.\d{2}$", "", take)
+    start = re.search(r"MSIL2A_(\d{8}T\d{6})", f"{properties.get('s2:product_uri', '')} {item['id']}")
+    platform = properties.get("platform") or properties.get("constellation") or "any"
+    return f"{platform}_{start[1] if start else moment(item).date()}"
+
+
+def newest(items: list[Item]) -> list[Item]:
+    """Without older versions: of items of one acquisition and tile that show the same ground, the newest stays.
+
+    Newest: highest baseline, then highest sequence number, then latest made, then id. Two datastrips of one
+    tile (their footprints hardly overlap) are no versions of each other.
+    """
+    kept: list[Item] = []
+    for item in sorted(items, key=_version, reverse=True):
+        if not any(_same_ground(item, other) for other in kept if _tile_key(item) == _tile_key(other)):
+            kept.append(item)
+    return kept
+
+
+def _version(item: Item) -> tuple[float, int, str, str]:
+    properties = item["properties"]
+    made = properties.get("s2:generation_time") or properties.get("created") or ""
+    sequence = properties.get("s2:sequence") or "0"
+    return baseline(item) or 0.0, int(sequence) if str(sequence).isdigit() else 0, made, item["id"]
+
+
+def _tile_key(item: Item) -> tuple[str, str]:
+    properties = item["properties"]
+    code = properties.get("grid:code") or properties.get("s2:mgrs_tile") or ""
+    found = re.search(r"\d{1,2}[A-Z]{3}", f"{code} {item['id']}")
+    return acquisition_id(item), found[0] if found else ""
+
+
+def _same_ground(one: Item, other: Item) -> bool:
+    a, b = _area(one), _area(other)
+    return a.intersection(b).area > 0.5 * min(a.area, b.area)
+
+
+def _area(item: Item) -> shapely.Geometry:
+    if item.get("geometry"):
+        return shapely.make_valid(shape(item["geometry"]))
+    return shapely.union_all([box(*part) for part in _halves(tuple(item["bbox"]))])
+
+
+@dataclass(frozen=True)
+class Acquisition:
+    """One pass of one satellite over a cell: its items by id, which are merged into one look."""
+
+    id: str
+    items: tuple[Item, ...]
+
+
+class Scenes:
+    """The items of a search, indexed by place, and the choice among them."""
+
+    def __init__(self, items: list[Item], max_scenes: int) -> None:
+        self.items = items
+        self.max_scenes = max_scenes
+        areas = [_area(item) for item in items]
+        near = [i for i, a in enumerate(areas) if a.bounds[0] < -170 or a.bounds[2] > 170]
+        # Twice around the antimeridian, so that a cell that crosses it finds both sides
+        shifted = [(i, shapely.affinity.translate(areas[i], dx)) for i in near for dx in (-360, 360)]
+        self._owner = [*range(len(items)), *(i for i, _ in shifted)]
+        self._areas = [*areas, *(a for _, a in shifted)]
+        self._tree = shapely.STRtree(self._areas)
+
+    def choose(self, epsg: int, cell: tuple[int, int]) -> list[Acquisition]:
+        """At most `max_scenes` acquisitions for a cell, in order of time.
+
+        Each month's clearest first, then each month's second, and so on, so that they spread over the period;
+        ties by id. How clear: the share of the cell that the acquisition covers and its clouds leave free.
+        Depends on the items and the cell alone.
+        """
+        place = _cell_polygon(epsg, cell)
+        groups: dict[str, dict[int, float]] = {}
+        for index in self._tree.query(place, predicate="intersects"):
+            item = self._owner[index]
+            covered = self._areas[index].intersection(place).area / place.area
+            group = groups.setdefault(acquisition_id(self.items[item]), {})
+            group[item] = max(group.get(item, 0.0), covered)
+        chosen = _spread([_Candidate.of(name, group, self.items) for name, group in groups.items()])
+        return [
+            Acquisition(c.id, tuple(sorted((self.items[i] for i in c.members), key=lambda item: item["id"])))
+            for c in sorted(chosen[: self.max_scenes], key=lambda c: (c.when, c.id))
+        ]
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    id: str
+    when: datetime
+    clear: float
+    members: tuple[int, ...]
+
+    @staticmethod
+    def of(name: str, group: dict[int, float], items: list[Item]) -> _Candidate:
+        clear = sum(share * (1 - cloud(items[i]) / 100) for i, share in group.items())
+        return _Candidate(name, min(moment(items[i]) for i in group), min(clear, 1.0), tuple(group))
+
+
+def _spread(candidates: list[_Candidate]) -> list[_Candidate]:
+    by_month: dict[tuple[int, int], list[_Candidate]] = {}
+    for candidate in candidates:
+        by_month.setdefault((candidate.when.year, candidate.when.month), []).append(candidate)
+    ranked = []
+    for month in by_month.values():
+        month.sort(key=lambda c: (-round(c.clear, 6), c.id))
+        ranked += [(rank, -round(c.clear, 6), c.id, c) for rank, c in enumerate(month)]
+    return [c for *_, c in sorted(ranked, key=lambda r: r[:3])]
+
+
+def _cell_polygon(epsg: int, cell: tuple[int, int]) -> shapely.Polygon:
+    """The cell with its halo in degrees, continuous across the antimeridian."""
+    grid = cell_grid(epsg, cell, resolution=HALO_METRES)
+    left, bottom, right, top = grid.bounds
+    side = shapely.segmentize(
+        box(left - HALO_METRES, bottom - HALO_METRES, right + HALO_METRES, top + HALO_METRES), CELL / 8
+    )
+    x, y = shapely.get_coordinates(side).T
+    return shapely.Polygon(list(zip(*continuous_lonlat(epsg, x, y), strict=True)))
+
+
+def search_area(grid: Grid) -> BBox:
+    """What to ask a catalogue for so that every cell of `grid` finds its items: bounds with the halo, degrees."""
+    return grid.buffered(round(HALO_METRES / grid.resolution)).lonlat_bounds

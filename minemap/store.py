@@ -1,0 +1,441 @@
+"""The Zarr v3 store of a map: its layout, writes of whole shards, the ledger, and reading it back.
+
+    map.zarr/utm32720/{probability, observations, quicklook, composite, time, time_bounds, y, x, spatial_ref}
+    map.zarr.meta/{items.json, items/, cells/, ledger/, offsets/, lock}
+
+A super-tile is one shard, written by one task: data first, then its record in the ledger. What has no record was
+never finished, whatever the arrays hold. The store is made in a temporary folder and renamed, so it is whole or not
+there. The meta folder lies beside the store because Zarr warns of foreign folders inside it.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import rioxarray  # noqa: F401 (registers the .rio accessor)
+import xarray as xr
+import zarr
+from filelock import FileLock, Timeout
+from pyproj import CRS
+from zarr.codecs import ZstdCodec
+
+from .errors import InputError, StoreError
+from .grid import WINDOW, Grid
+from .predict import NOT_OBSERVED
+from .scenes import Period
+from .sentinel2 import Item
+
+VERSION = 1  # of the layout
+QUICKLOOK = 8  # pixels of the map to one of the quicklook, on each side
+EPOCH = date(1970, 1, 1)
+
+CONVENTIONS = [
+    {
+        "uuid": "689b58e2-cf7b-45e0-9fff-9cfc0883d6b4",
+        "name": "spatial:",
+        "schema_url": "https://raw.githubusercontent.com/zarr-conventions/spatial/refs/tags/v1/schema.json",
+        "spec_url": "https://github.com/zarr-conventions/spatial/blob/v1/README.md",
+        "description": "Spatial coordinate information",
+    },
+    {
+        "uuid": "f17cb550-5864-4468-aeb7-f3180cfb622f",
+        "name": "proj:",
+        "schema_url": "https://raw.githubusercontent.com/zarr-conventions/geo-proj/refs/tags/v1/schema.json",
+        "spec_url": "https://github.com/zarr-conventions/geo-proj/blob/v1/README.md",
+        "description": "Coordinate reference system information for geospatial data",
+    },
+]
+
+
+def parameters_hash(parameters: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(parameters, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Store:
+    """A map on disk. Cheap to make and to send to workers: it holds paths only."""
+
+    path: Path
+
+    @property
+    def meta(self) -> Path:
+        return self.path.with_name(self.path.name + ".meta")
+
+    # --- making and checking ------------------------------------------------------------------------------------
+
+    def exists(self) -> bool:
+        return self.path.exists() or self.path.is_symlink()
+
+    def attributes(self) -> dict[str, Any]:
+        """The root's attributes; StoreError when what is there is not a map of ours."""
+        try:
+            attributes = dict(zarr.open_group(self.path, mode="r").attrs)
+        except (OSError, ValueError, KeyError) as error:
+            raise StoreError(f"{self.path} is not a minemap store: {_reason(self.path)}") from error
+        if "minemap:layout" not in attributes:
+            raise StoreError(f"{self.path} is a Zarr store, but not one of minemap; choose another output")
+        return attributes
+
+    def check(self, parameters: dict[str, Any], *, overwrite: bool = False) -> None:
+        """Whether a run with `parameters` may write here; touches nothing. Raises StoreError."""
+        if not self.exists():
+            parent = next(p for p in self.path.absolute().parents if p.exists())
+            if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+                raise StoreError(f"{parent} is not a folder that can be written to; choose another output")
+            return
+        stored = self.attributes()
+        if not os.access(self.path, os.W_OK):
+            raise StoreError(f"{self.path} is not writable; choose another output")
+        if overwrite:
+            return
+        for name, value in parameters.items():
+            if stored["parameters"].get(name) != value:
+                raise StoreError(
+                    f"{self.path} was made with {name} = {_short(stored['parameters'].get(name))}, this run has "
+                    f"{_short(value)}: use the same, another output, or --overwrite"
+                )
+
+    def create(self, attributes: dict[str, Any]) -> None:
+        """An empty store, in place of whatever of ours was there."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", dir=self.path.parent))
+        try:
+            zarr.create_group(draft, zarr_format=3, attributes={"minemap:layout": VERSION, **attributes})
+            draft.chmod(0o777 & ~_umask())
+            for old in (self.path, self.meta / "ledger", self.meta / "cells"):
+                shutil.rmtree(old, ignore_errors=True)
+            draft.rename(self.path)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Only one run at a time writes to a store. The lock goes with the process that holds it."""
+        self.meta.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.meta / "lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise StoreError(
+                f"{self.path} is being written by another run: wait for it, or choose another output"
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    # --- zones and periods --------------------------------------------------------------------------------------
+
+    def groups(self) -> list[str]:
+        """Names of the zones' groups."""
+        return sorted(name for name, _ in zarr.open_group(self.path, mode="r", use_consolidated=False).groups())
+
+    def _zone(self, group: str, mode: Literal["r", "r+"] = "r") -> zarr.Group:
+        # Not through the consolidated metadata: those are for readers, and lag behind while we change shapes
+        return zarr.open_group(self.path / group, mode=mode, use_consolidated=False)
+
+    def add_zone(self, grid: Grid, chunk: int, bands: tuple[str, ...] | None) -> None:
+        """The group of `grid`'s zone with arrays over `grid`; bands: of the composite, None to keep none.
+
+        Where the group is there already, StoreError unless it covers the grid.
+        """
+        if grid.group in self.groups():
+            if not self.grid(grid.group).covers(grid):
+                raise StoreError(
+                    f"{self.path} covers another area of {grid.group}: give the same bbox, another output, or make "
+                    "the store with --extent zone, into which any areas merge"
+                )
+            return
+        group = zarr.open_group(self.path, mode="r+", use_consolidated=False).create_group(grid.group, attributes=_zone_attributes(grid))
+        layers: dict[str, tuple[Any, tuple[str, ...], tuple[int, ...], int | None, dict[str, Any]]] = {
+            "probability": ("uint8", (), (), NOT_OBSERVED, {"long_name": "probability of mine", "units": "percent"}),
+            "observations": ("uint8", (), (), None, {"long_name": "number of clear acquisitions", "units": "1"}),
+        }
+        if bands:
+            # Band names are an attribute: Zarr v3 has no settled string type for a coordinate
+            about = {
+                "long_name": "surface reflectance, median",
+                "scale_factor": 1e-4,
+                "units": "1",
+                "bands": list(bands),
+            }
+            layers["composite"] = ("uint16", ("band",), (len(bands),), 0, about)
+        for name, (dtype, dims, sizes, missing, about) in layers.items():
+            attributes: dict[str, Any] = {**about, "grid_mapping": "spatial_ref"}
+            if missing is not None:
+                attributes["_FillValue"] = missing
+            group.create_array(
+                name,
+                shape=(0, *sizes, *grid.shape),
+                shards=(1, *sizes, chunk, chunk),
+                chunks=(1, *(1 for _ in sizes), WINDOW, WINDOW),
+                dtype=dtype,
+                fill_value=missing or 0,
+                compressors=ZstdCodec(level=5, checksum=True),
+                dimension_names=("time", *dims, "y", "x"),
+                attributes=attributes,
+            )
+        side = chunk // QUICKLOOK
+        group.create_array(
+            "quicklook",
+            shape=(0, 3, grid.height // QUICKLOOK, grid.width // QUICKLOOK),
+            chunks=(1, 3, side, side),
+            dtype="uint8",
+            fill_value=0,
+            compressors=ZstdCodec(level=5, checksum=True),
+            dimension_names=("time", "rgb", "y80", "x80"),
+            attributes={"long_name": f"red, green, blue of the composite, {QUICKLOOK} px means, 0 = not observed"},
+        )
+        _coordinates(group, grid)
+
+    def add_period(self, group: str, period: Period) -> int:
+        """Index of `period` on the group's time axis, appended when it is new. Call it under `locked`."""
+        zone = self._zone(group, "r+")
+        bounds = np.asarray(_array(zone, "time_bounds")[:])
+        wanted = [(period.start - EPOCH).days, (period.end - EPOCH).days]
+        found = np.flatnonzero((bounds == wanted).all(axis=1))
+        if len(found):
+            return int(found[0])
+        n = len(bounds)
+        # time last: what is not on the time axis does not exist for a reader
+        names = [name for name, array in zone.arrays() if _dims(array)[:1] == ("time",)]
+        for name in sorted(names, key=lambda name: name == "time"):
+            array = _array(zone, name)
+            array.resize((n + 1, *array.shape[1:]))
+        _array(zone, "time_bounds")[n] = wanted
+        _array(zone, "time")[n] = wanted[0]
+        return n
+
+    def periods(self, group: str) -> list[Period]:
+        """In the order of the time axis."""
+        days = np.asarray(_array(self._zone(group, "r"), "time_bounds")[:])
+        return [Period(_day(int(start)), _day(int(end))) for start, end in days]
+
+    def grid(self, group: str) -> Grid:
+        """What the group's arrays cover."""
+        attributes: dict[str, Any] = dict(self._zone(group, "r").attrs)
+        a, _, left, _, _, top = (float(v) for v in attributes["spatial:transform"])
+        height, width = (int(v) for v in attributes["spatial:shape"])
+        return Grid(int(group.removeprefix("utm")), left, top, height, width, a)
+
+    def consolidate(self) -> None:
+        """Metadata of every group in one place, so that opening it takes one read."""
+        with warnings.catch_warnings():
+            # zarr warns that consolidation is not in the v3 specification yet; readers that don't know it ignore it
+            warnings.filterwarnings("ignore", message=".*[Cc]onsolidated metadata.*")
+            for group in self.groups():
+                zarr.consolidate_metadata(self.path, path=group)
+            zarr.consolidate_metadata(self.path)
+
+    # --- tiles and their records --------------------------------------------------------------------------------
+
+    def write_tile(self, tile: Grid, index: int, layers: dict[str, np.ndarray]) -> None:
+        """One super-tile of one period: every array of `layers` (…, y, x) into its shard."""
+        zone = self._zone(tile.group, "r+")
+        row, column = tile.offset_in(self.grid(tile.group))
+        for name, data in layers.items():
+            scale = QUICKLOOK if name == "quicklook" else 1
+            y = slice(row // scale, row // scale + data.shape[-2])
+            x = slice(column // scale, column // scale + data.shape[-1])
+            _array(zone, name)[index, ..., y, x] = data
+
+    def read_tile(self, tile: Grid, index: int, name: str) -> np.ndarray:
+        zone = self._zone(tile.group, "r")
+        row, column = tile.offset_in(self.grid(tile.group))
+        return np.asarray(_array(zone, name)[index, ..., row : row + tile.height, column : column + tile.width])
+
+    def record_path(self, tile: Grid, period: Period) -> Path:
+        side = tile.width * tile.resolution
+        name = f"{round(tile.left / side)}_{round(tile.top / side)}.json"
+        return self.meta / "ledger" / tile.group / period.slug / name
+
+    def record(self, tile: Grid, period: Period) -> dict[str, Any] | None:
+        """What the ledger says of a finished super-tile, None when it is not finished."""
+        try:
+            return json.loads(self.record_path(tile, period).read_text())
+        except FileNotFoundError:
+            return None
+
+    def write_record(self, tile: Grid, period: Period, record: dict[str, Any]) -> None:
+        write_atomically(self.record_path(tile, period), json.dumps(record))
+
+    # --- scenes -------------------------------------------------------------------------------------------------
+
+    def cell_path(self, group: str, cell: tuple[int, int], period: Period) -> Path:
+        return self.meta / "cells" / group / period.slug / f"{cell[0]}_{cell[1]}.json"
+
+    def write_cell(self, group: str, cell: tuple[int, int], period: Period, ids: list[list[str]]) -> None:
+        """Freezes the choice for a cell: item ids, one list an acquisition."""
+        write_atomically(self.cell_path(group, cell, period), json.dumps(ids))
+
+    def read_cell(self, group: str, cell: tuple[int, int], period: Period) -> list[list[str]] | None:
+        try:
+            return json.loads(self.cell_path(group, cell, period).read_text())
+        except FileNotFoundError:
+            return None
+
+    def write_items(self, items: list[Item]) -> None:
+        """Adds items to those that were used, one file each and all in `items.json`, an ItemCollection."""
+        for item in items:
+            write_atomically(self.meta / "items" / f"{item['id']}.json.gz", json.dumps(item))
+        names = sorted((self.meta / "items").glob("*.json.gz"))
+        every = [json.loads(gzip.decompress(name.read_bytes())) for name in names]
+        write_atomically(self.meta / "items.json", json.dumps({"type": "FeatureCollection", "features": every}))
+
+    def read_item(self, name: str) -> Item:
+        return json.loads(gzip.decompress((self.meta / "items" / f"{name}.json.gz").read_bytes()))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """The whole text or nothing, under any interruption; gzip when the name ends so."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = gzip.compress(text.encode(), mtime=0) if path.suffix == ".gz" else text.encode()
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as draft:
+        draft.write(data)
+    Path(draft.name).chmod(0o666 & ~_umask())
+    Path(draft.name).replace(path)
+
+
+def open_map(path: str | Path, zone: str | None = None) -> xr.Dataset:
+    """A map as xarray sees it: `probability` and `observations` (time, y, x), lazy, one dask chunk a shard.
+
+    Trimmed to the super-tiles that are done and sorted by time. probability: float32 per cent, NaN not observed.
+    zone: the group, needed where there are several. Raises StoreError, InputError.
+    """
+    store = Store(Path(path))
+    store.attributes()
+    names = store.groups()
+    if zone is None and len(names) != 1:
+        raise InputError(f"{path} has {len(names)} zones: name one of {', '.join(names) or '(none yet)'}")
+    group = zone or names[0]
+    if group not in names:
+        raise InputError(f"{path} has no zone {group}: its zones are {', '.join(names)}")
+    shards = zarr.open_array(store.path / group / "probability", mode="r").shards or (1, WINDOW, WINDOW)
+    chunks = {"time": 1, "y": shards[-2], "x": shards[-1], "y80": shards[-2] // 8, "x80": shards[-1] // 8}
+    data = xr.open_zarr(store.path, group=group, chunks=chunks)
+    if "composite" in data:
+        data = data.assign_coords(band=data["composite"].attrs["bands"])
+    return _trimmed(data, store, group, shards[-1]).sortby("time")
+
+
+def _trimmed(data: xr.Dataset, store: Store, group: str, chunk: int) -> xr.Dataset:
+    grid = store.grid(group)
+    done = [p.stem.split("_") for p in (store.meta / "ledger" / group).glob("*/*.json")]
+    if not done:
+        return data.isel(y=slice(0, 0), x=slice(0, 0), y80=slice(0, 0), x80=slice(0, 0))
+    side = chunk * grid.resolution
+    columns = [int(c) - round(grid.left / side) for c, _ in done]
+    rows = [round(grid.top / side) - int(r) for _, r in done]
+    x, y = slice(min(columns), max(columns) + 1), slice(min(rows), max(rows) + 1)
+    return data.isel(
+        {
+            name: slice(s.start * n, s.stop * n)
+            for (name, s), n in zip(
+                (("x", x), ("y", y), ("x80", x), ("y80", y)),
+                (chunk, chunk, chunk // QUICKLOOK, chunk // QUICKLOOK),
+                strict=True,
+            )
+        }
+    )
+
+
+def _reason(path: Path) -> str:
+    return "it is a file" if path.is_file() else "choose another output, or a store that minemap made"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) < 80 else text[:77] + "..."
+
+
+def _day(days: int) -> date:
+    return date.fromordinal(EPOCH.toordinal() + days)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _array(group: zarr.Group, name: str) -> zarr.Array:
+    array = group[name]
+    assert isinstance(array, zarr.Array), name
+    return array
+
+
+def _dims(array: zarr.Array) -> tuple[str | None, ...]:
+    return tuple(getattr(array.metadata, "dimension_names", None) or ())
+
+
+def _zone_attributes(grid: Grid) -> dict[str, Any]:
+    return {
+        "Conventions": "CF-1.11",
+        "zarr_conventions": CONVENTIONS,
+        "proj:code": f"EPSG:{grid.epsg}",
+        "spatial:dimensions": ["y", "x"],
+        "spatial:transform": list(grid.transform)[:6],
+        "spatial:bbox": list(grid.bounds),
+        "spatial:shape": list(grid.shape),
+        "spatial:registration": "pixel",
+    }
+
+
+def _small(group: zarr.Group, name: str, data: np.ndarray, dims: tuple[str, ...], about: dict[str, Any]) -> None:
+    chunks = tuple(max(1, side) for side in data.shape)
+    array = group.create_array(
+        name, shape=data.shape, chunks=chunks, dtype=data.dtype, dimension_names=dims, attributes=about
+    )
+    array[...] = data
+
+
+def _coordinates(group: zarr.Group, grid: Grid) -> None:
+    crs = CRS.from_epsg(grid.epsg)
+    mapping = {
+        **crs.to_cf(),
+        "spatial_ref": crs.to_wkt(),
+        "GeoTransform": " ".join(map(repr, grid.transform.to_gdal())),
+    }
+    _small(group, "spatial_ref", np.array(0), (), mapping)
+    for name, values in (("y", grid.y), ("x", grid.x)):
+        about = {"units": "m", "standard_name": f"projection_{name}_coordinate", "axis": name.upper()}
+        _small(group, name, values, (name,), about)
+        step = QUICKLOOK
+        means = values.reshape(-1, step).mean(axis=1)
+        _small(group, f"{name}80", means, (f"{name}80",), {"units": "m", "long_name": f"{name} of the quicklook"})
+    days = {"units": "days since 1970-01-01", "calendar": "proleptic_gregorian"}
+    none = np.zeros((0,), np.int64)
+    about = {
+        **days,
+        "standard_name": "time",
+        "axis": "T",
+        "bounds": "time_bounds",
+        "long_name": "first day of period",
+    }
+    _series(group, "time", none, ("time",), about)
+    _series(group, "time_bounds", none.reshape(0, 2), ("time", "bounds"), {"long_name": "first and last day", **days})
+
+
+def _series(group: zarr.Group, name: str, data: np.ndarray, dims: tuple[str, ...], about: dict[str, Any]) -> None:
+    group.create_array(
+        name,
+        shape=data.shape,
+        chunks=(1024, *data.shape[1:]),
+        dtype=data.dtype,
+        fill_value=-(2**31),
+        dimension_names=dims,
+        attributes=about,
+    )
