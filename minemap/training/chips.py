@@ -1,0 +1,128 @@
+"""Chips: labelled images with their places, read from one format and split by place.
+
+The format is an `.npz` with `image` (sample, [date,] band, y, x) integer reflectance x 10,000, 0 in all bands =
+no data; `mask` (sample, [date,] y, x) uint8, 1 mine, 0 not, 255 ignore; `bands`, their names. A `chips.csv` of
+the same order beside it is optional and gives `block`, `split` and other columns, one row a sample.
+"""
+
+from __future__ import annotations
+
+import csv
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minemap.errors import InputError
+from minemap.sentinel2 import BANDS
+
+SCALE = 10_000  # digital numbers per unit of reflectance
+IGNORE = 255
+
+
+@dataclass(frozen=True)
+class Chips:
+    """Labelled images, a row for each chip and date.
+
+    `image` float32 (n, band, y, x), reflectance, bands in the order of sentinel2.BANDS, NaN = absent;
+    `mask` uint8 (n, y, x), 1 mine, 0 not, 255 ignore; `columns` name -> (n,) str, from chips.csv, and
+    `sample`, the chip's place in its file.
+    """
+
+    image: NDArray[np.float32]
+    mask: NDArray[np.uint8]
+    columns: dict[str, NDArray[np.str_]]
+
+    def __len__(self) -> int:
+        return len(self.image)
+
+    def where(self, keep: NDArray[np.bool_]) -> Chips:
+        """The rows that `keep` (n,) selects."""
+        return Chips(self.image[keep], self.mask[keep], {k: v[keep] for k, v in self.columns.items()})
+
+    def split(self, name: str | None) -> Chips:
+        """The rows of one split, or all."""
+        return self if name is None else self.where(self.column("split") == name)
+
+    def decided(self) -> Chips:
+        """The rows with at least one pixel that is not 255."""
+        return self.where((self.mask != IGNORE).any(axis=(1, 2)))
+
+    def column(self, name: str) -> NDArray[np.str_]:
+        """A column by name."""
+        if name not in self.columns:
+            raise InputError(f"these chips have no column {name!r}: choose one of {', '.join(self.columns)}")
+        return self.columns[name]
+
+
+def load_chips(path: str | Path) -> Chips:
+    """Chips from an `.npz` file, dates flattened to rows of their own; missing bands are NaN."""
+    path = Path(path)
+    arrays = _arrays(path)
+    image, mask = arrays["image"], arrays["mask"]
+    dates = image.shape[1] if image.ndim == 5 else 1
+    if image.ndim == 5:
+        image, mask = image.reshape(-1, *image.shape[2:]), mask.reshape(-1, *mask.shape[2:])
+    columns = _columns(path.with_name("chips.csv"), len(image) // dates, dates)
+    return Chips(_reflectance(image, [str(b) for b in arrays["bands"]], path), mask, columns)
+
+
+def _arrays(path: Path) -> dict[str, NDArray]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in ("image", "mask", "bands")}
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} cannot be read as chips: {error}") from error
+    image, mask = arrays["image"], arrays["mask"]
+    if image.ndim not in (4, 5) or mask.shape != image.shape[:-3] + image.shape[-2:]:
+        raise InputError(f"{path}: image {image.shape} and mask {mask.shape} do not belong together")
+    return arrays
+
+
+def _reflectance(stored: NDArray, bands: list[str], path: Path) -> NDArray[np.float32]:
+    if not bands or not set(bands) <= set(BANDS):
+        raise InputError(f"{path}: bands {bands} are not among {', '.join(BANDS)}")
+    image = np.full((len(stored), len(BANDS), *stored.shape[2:]), np.nan, np.float32)
+    values = stored.astype(np.float32) / SCALE
+    values[np.broadcast_to((stored == 0).all(axis=1, keepdims=True), stored.shape)] = np.nan
+    for source, band in enumerate(bands):
+        image[:, BANDS.index(band)] = values[:, source]
+    return image
+
+
+def _columns(path: Path, samples: int, dates: int) -> dict[str, NDArray[np.str_]]:
+    columns = {"sample": np.arange(samples).astype(str), "date": np.tile(np.arange(dates), samples).astype(str)}
+    columns["sample"] = np.repeat(columns["sample"], dates)
+    if path.exists():
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        if len(rows) != samples:
+            raise InputError(f"{path} has {len(rows)} rows for {samples} chips")
+        columns |= {key: np.repeat([row[key] for row in rows], dates) for key in (rows[0] if rows else ())}
+    return columns
+
+
+def check_leakage(*sets: Chips) -> None:
+    """Raise unless no block of places occurs in two of the sets."""
+    blocks = [set(chips.column("block")) for chips in sets]
+    for i, a in enumerate(blocks):
+        for b in blocks[i + 1 :]:
+            if a & b:
+                raise InputError(f"blocks {sorted(a & b)[:5]} are in two splits: split by place, not by chip")
+
+
+def draw_blocks(chips: Chips, share: float, seed: int) -> NDArray[np.bool_]:
+    """Rows of randomly drawn whole blocks that hold about `share` of the rows: (n,) bool."""
+    blocks, sizes = np.unique(chips.column("block"), return_counts=True)
+    order = np.random.default_rng(seed).permutation(len(blocks))
+    before = np.cumsum(sizes[order]) - sizes[order]
+    return np.isin(chips.column("block"), blocks[order][before + sizes[order] / 2 <= share * len(chips)])
+
+
+def keep_bands(chips: Chips, bands: tuple[str, ...]) -> Chips:
+    """The same chips with every other band absent."""
+    image = chips.image.copy()
+    image[:, [i for i, band in enumerate(BANDS) if band not in bands]] = np.nan
+    return Chips(image, chips.mask, chips.columns)

@@ -1,0 +1,135 @@
+"""The command line of training: `minemap train` and `minemap evaluate`. Imports no torch until it runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from dataclasses import replace
+from typing import Any
+
+from minemap.errors import InputError
+from minemap.training.config import TrainConfig, make_config, option_types, read_config
+
+KINDS = ("teacher", "student", "baseline")
+# What each baseline is: a network by name, or FPN with another way to keep what the teacher knew.
+BASELINES: dict[str, dict[str, Any]] = {
+    "fpn": {"architecture": "fpn"},
+    "unet": {"architecture": "unet"},
+    "deeplabv3plus": {"architecture": "deeplabv3plus"},
+    "segformer": {"architecture": "segformer"},
+    "finetune": {"architecture": "fpn", "selection": "none"},
+    "lwf": {"architecture": "fpn", "selection": "standard"},
+    "lwm": {"architecture": "fpn", "selection": "standard", "attention": 1.0},
+    "replay": {"architecture": "fpn", "selection": "none", "replay": 0.25},
+}
+NEED_TEACHER = ("finetune", "lwf", "lwm", "replay")
+TEACHER: dict[str, Any] = {
+    "architecture": "fpn",
+    "coarse": True,
+    "dice": 0.0,
+    "ssim": 0.0,
+    "boundary": 0.0,
+    "selection": "none",
+}
+COLUMNS = ("accuracy", "mf1", "miou", "mine_iou", "precision", "recall", "boundary_f1", "ece")
+
+
+def add_train_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `minemap train`."""
+    parser.add_argument("kind", choices=KINDS, help="teacher (coarse labels), student (MineC2FNet) or baseline")
+    parser.add_argument("--chips", nargs="+", required=True, metavar="FILE", help="chip files (.npz)")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the run; an interrupted one goes on")
+    parser.add_argument("--teacher", metavar="PATH", help="the teacher's checkpoint")
+    parser.add_argument("--name", default="fpn", choices=sorted(BASELINES), help="which baseline (default fpn)")
+    parser.add_argument("--config", metavar="FILE", help="training options as JSON")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="single training options")
+    parser.add_argument("--json", action="store_true", help="print the scores as JSON")
+
+
+def run_train(args: argparse.Namespace) -> None:
+    """Train, then print the scores on the rows that were held out."""
+    config = replace(train_config(args), quiet=bool(args.json))
+    from minemap.training.loop import train
+
+    checkpoint = train(config)
+    scores = {"model": str(checkpoint.path), "threshold": checkpoint.recipe.threshold}
+    _show(scores | checkpoint.recipe.metrics.get("holdout", {}), as_json=args.json)
+
+
+def train_config(args: argparse.Namespace) -> TrainConfig:
+    """The configuration that the arguments of `minemap train` describe."""
+    kinds: dict[str, dict[str, Any]] = {
+        "teacher": TEACHER,
+        "student": {"architecture": "minec2fnet"},
+        "baseline": BASELINES[args.name],
+    }
+    needs = args.kind == "student" or (args.kind == "baseline" and args.name in NEED_TEACHER)
+    values = {"out": args.out, "data": list(args.chips), "teacher": args.teacher, **kinds[args.kind]}
+    values |= dict(_assignment(text) for text in args.set)
+    config = make_config(values) if args.config is None else read_config(args.config, **values)
+    if needs and config.teacher is None:
+        raise InputError(f"training a {args.kind} needs --teacher: train one with `minemap train teacher`")
+    return config
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or key not in option_types():
+        raise InputError(f"--set {text!r}: give KEY=VALUE with a training option, as in epochs=20")
+    try:
+        parsed = json.loads(value)
+    except ValueError:
+        parsed = value.split(",") if option_types()[key] == tuple[str, ...] else value
+    return key, parsed
+
+
+def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `minemap evaluate`."""
+    parser.add_argument("--chips", required=True, metavar="FILE", help="chips with masks (.npz)")
+    parser.add_argument("--model", metavar="NAME|PATH", help="default: the bundled model")
+    parser.add_argument("--split", metavar="NAME", help="only rows of this split (chips.csv)")
+    parser.add_argument("--by", metavar="COLUMN", help="scores for each value of a column of chips.csv")
+    parser.add_argument("--bands", metavar="B1,B2", help="only these bands, the others absent")
+    parser.add_argument("--threshold", type=float, metavar="T", help="probability; default: the model's own")
+    parser.add_argument("--json", action="store_true", help="print the scores as JSON")
+
+
+def run_evaluate(args: argparse.Namespace) -> None:
+    """Print how well a model does on chips, in per cent."""
+    from minemap.checkpoint import load_model
+    from minemap.training import evaluate as evaluation
+    from minemap.training.chips import keep_bands, load_chips
+
+    if args.threshold is not None and not 0 <= args.threshold <= 1:
+        raise InputError(f"--threshold {args.threshold}: a probability lies between 0 and 1")
+    checkpoint = load_model(args.model)
+    chips = load_chips(args.chips).split(args.split).decided()
+    if args.bands:
+        chips = keep_bands(chips, tuple(args.bands.split(",")))
+    if not len(chips):
+        raise InputError(f"{args.chips}: no chip with a decided pixel, split {args.split!r}")
+    found: dict[str, Any] = evaluation.evaluate(checkpoint, chips, threshold=args.threshold)
+    if args.by:
+        found["by"] = evaluation.evaluate_by(checkpoint, chips, args.by, threshold=args.threshold)
+    _show({"model": checkpoint.recipe.name} | found, as_json=args.json)
+
+
+def _show(found: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(_finite(found)))
+        return
+    groups = {"all": found} | found.get("by", {})
+    width = max(len(name) for name in groups) + 2
+    print(f"{found['model']} (per cent)")
+    print(" " * width + "".join(f"{column:>13}" for column in (*COLUMNS, "images")))
+    for name, row in groups.items():
+        cells = [f"{row.get(column, math.nan):13.2f}" for column in COLUMNS]
+        print(f"{name:{width}}" + "".join(cells) + f"{row.get('images', 0):13}")
+
+
+def _finite(value: Any) -> Any:
+    """NaN has no place in JSON: null instead."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value

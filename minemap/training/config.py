@@ -1,0 +1,122 @@
+"""One flat, typed configuration of a training run. Its defaults are the paper's recipe where it gives one."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from minemap.errors import InputError
+from minemap.sentinel2 import BANDS
+
+# Reflectance that the atmosphere adds at the top: the gap of the dark objects (5th percentile of pixels that
+# are no mine) between mines_rgb (top of atmosphere) and mines6 (surface), for blue, green and red; none beyond.
+TOA_OFFSET = (0.0584, 0.0267, 0.0179, 0.0, 0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides a training run; the same values give the same weights (CPU, float32)."""
+
+    out: str  # folder of the run: state, metrics, and the checkpoint in `model/`
+    data: tuple[str, ...] = ()  # chip files
+    name: str = "model"  # name in the recipe
+    split: str | None = "train"  # rows of the chip files that are used
+    holdout: float = 0.2  # share of them, by block, that chooses epochs and thresholds
+    holdout_seed: int = 0
+    fine_share: float = 1.0  # share of the rows, by block, that training may use (the few-fine regime)
+    fine_seed: int = 0
+    coarse: bool = False  # coarsen the labels (training/coarse.py)
+    bands: tuple[str, ...] = BANDS
+    derived: tuple[str, ...] = ()  # "ndvi"
+
+    architecture: str = "minec2fnet"
+    imagenet: bool = False
+    teacher: str | None = None  # checkpoint that the student starts from and learns from
+    fresh: bool = False  # student from random weights; only the frozen encoder is the teacher's
+    gated_fusion: bool = True
+    cbam: bool = True
+    refinement: bool = True
+    steps: int = 3  # of the refinement; not given in the paper
+
+    bce: float = 1.0  # weights of the losses; not given in the paper
+    dice: float = 1.0
+    ssim: float = 1.0
+    boundary: float = 1.0
+    smoothing: float = 0.0  # of the labels
+    selection: str = "hybrid"  # what is distilled
+    distill: float = 1.0  # lambda; not given in the paper
+    temperature: float = 2.0  # tau; not given in the paper
+    attention: float = 0.0  # weight of LwM's attention distillation
+    replay: float = 0.0  # share of coarse samples in every batch
+
+    epochs: int = 100
+    epoch_samples: int = 0  # samples an epoch; 0 is one pass
+    batch: int = 8
+    learning_rate: float = 1e-4
+    weight_decay: float = 1e-4
+    warmup: int = 5  # epochs
+    schedule: str = "plateau"  # or "cosine"
+    patience: int = 3  # epochs without a better validation mIoU until the rate is halved
+    stop: int = 10  # epochs without a better one until training stops; 0 never
+    ema: float = 0.0  # decay of the running average of the weights, 0 off
+    clip: float = 1.0  # norm of the gradient
+
+    small: int = 64  # side of the windows of small chips, pixels
+    large: int = 192  # side of the windows of large chips and of scattered small ones
+    large_share: float = 0.0  # share of batches with large windows
+    affine: float = 0.5  # probability of shift 0.1, scale 0.3, rotation 15 degrees
+    absent: float = 0.3  # probability that what lies outside a chip is absent, not reflected
+    holes: float = 0.1  # probability of a rectangle that is absent
+    jitter: float = 0.1  # spread of the brightness of a sample; bands vary by half of it
+    blend: float = 0.0  # probability of a mix of a place's two dates
+    drop_swir: float = 0.0  # probability that SWIR is absent
+    drop_infrared: float = 0.0  # probability that NIR and SWIR are absent
+    toa: float = 0.0  # probability that an RGB sample gets top-of-atmosphere offsets or loses them
+
+    seed: int = 0
+    precision: str = "bf16"  # or "fp32"
+    device: str = "cpu"
+    threads: int = 2
+    quiet: bool = True
+
+    def __post_init__(self) -> None:
+        checks = {
+            "schedule": self.schedule in ("plateau", "cosine"),
+            "precision": self.precision in ("bf16", "fp32"),
+            "bands": bool(self.bands) and set(self.bands) <= set(BANDS),
+            "epochs": self.epochs > 0,
+            "batch": self.batch > 1,
+            "holdout": 0 <= self.holdout < 1,
+        }
+        wrong = [key for key, good in checks.items() if not good]
+        if wrong:
+            raise InputError(f"training option {wrong[0]}={getattr(self, wrong[0])!r} is not possible")
+
+
+def read_config(path: str | Path, **changes: Any) -> TrainConfig:
+    """A configuration from JSON, with some values changed."""
+    try:
+        return make_config(json.loads(Path(path).read_text()) | changes)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as a training configuration: {error}") from error
+
+
+def make_config(values: dict[str, Any]) -> TrainConfig:
+    """A configuration from plain values; unknown names are refused."""
+    known = {f.name for f in fields(TrainConfig)}
+    if unknown := sorted(set(values) - known):
+        raise InputError(f"no training option {unknown[0]!r}: choose among {', '.join(sorted(known))}")
+    lists: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    return TrainConfig(**lists)
+
+
+def option_types() -> dict[str, Any]:
+    """Name -> type of every option."""
+    return get_type_hints(TrainConfig)
+
+
+def as_json(config: TrainConfig) -> dict[str, Any]:
+    """The configuration as plain values."""
+    return asdict(config)

@@ -1,0 +1,68 @@
+"""Evaluation of a network on chips, each chip alone and padded by reflection."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from minemap.checkpoint import Checkpoint, Recipe
+from minemap.sentinel2 import BANDS
+from minemap.training import metrics
+from minemap.training.chips import Chips
+
+MARGIN = 8  # pixels of reflection at least, on each side of a chip
+PIXELS = 2**17  # of one batch
+
+
+def evaluate(
+    checkpoint: Checkpoint, chips: Chips, *, threshold: float | None = None, precision: str = "fp32"
+) -> dict[str, float]:
+    """Scores in per cent of a checkpoint on chips (metrics.report), at its own threshold unless one is given."""
+    probability = predict_chips(checkpoint.network(), checkpoint.recipe, chips, precision=precision)
+    used = checkpoint.recipe.threshold if threshold is None else threshold
+    return metrics.report(probability, chips.mask, used)
+
+
+def evaluate_by(
+    checkpoint: Checkpoint, chips: Chips, column: str, *, threshold: float | None = None
+) -> dict[str, dict[str, float]]:
+    """The same, for each value of a column of chips.csv."""
+    groups = chips.column(column)
+    probability = predict_chips(checkpoint.network(), checkpoint.recipe, chips)
+    used = checkpoint.recipe.threshold if threshold is None else threshold
+    rows = {group: groups == group for group in np.unique(groups).tolist()}
+    return {g: metrics.report(probability[keep], chips.mask[keep], used) for g, keep in rows.items()}
+
+
+def predict_chips(
+    network: nn.Module, recipe: Recipe, chips: Chips, *, precision: str = "fp32", margin: int = MARGIN
+) -> NDArray[np.float32]:
+    """Probability of mine of every pixel, float32 (n, y, x)."""
+    device = next(network.parameters()).device
+    pads = [padding(n, recipe.stride, margin) for n in chips.image.shape[-2:]]
+    crop = (slice(None), 0, *(slice(p[0], p[0] + n) for p, n in zip(pads, chips.image.shape[-2:], strict=True)))
+    found = []
+    for image in _normalised(chips, recipe, pads):
+        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            logits = network(image.to(device, memory_format=torch.channels_last))
+        found.append(logits.float().sigmoid().cpu().numpy()[crop])
+    return np.concatenate(found) if found else np.zeros(chips.mask.shape, np.float32)
+
+
+def padding(size: int, stride: int, margin: int) -> tuple[int, int]:
+    """Pixels before and after, at least `margin` each, that make a multiple of the stride."""
+    spare = -(size + 2 * margin) % stride + 2 * margin
+    return spare // 2, spare - spare // 2
+
+
+def _normalised(chips: Chips, recipe: Recipe, pads: list[tuple[int, int]]) -> Iterator[torch.Tensor]:
+    channels = [BANDS.index(b) for b in recipe.bands]
+    height, width = (n + sum(p) for n, p in zip(chips.image.shape[-2:], pads, strict=True))
+    batch = max(1, PIXELS // (height * width))
+    for start in range(0, len(chips), batch):
+        image = np.pad(chips.image[start : start + batch][:, channels], [(0, 0), (0, 0), *pads], mode="reflect")
+        yield torch.from_numpy(recipe.normalise(image))

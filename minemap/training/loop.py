@@ -1,0 +1,330 @@
+"""The training loop: one function, straight through, resumable after a kill.
+
+Nothing random is carried from step to step: batches and dropout are drawn from (seed, step), so the saved state
+is weights, optimiser and a few counters. A run that was killed goes on from its last epoch and ends with the
+same weights, bit for bit (CPU, float32, same number of threads).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import math
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from minemap import models
+from minemap.checkpoint import Checkpoint, Recipe, load_model, save
+from minemap.errors import InputError
+from minemap.models.minec2fnet import MineC2FNet, teacher_network
+from minemap.training import metrics
+from minemap.training.batches import make_batch
+from minemap.training.chips import Chips, check_leakage, draw_blocks, load_chips
+from minemap.training.config import TrainConfig, as_json
+from minemap.training.evaluate import predict_chips
+from minemap.training.losses import LossWeights, distillation_loss, student_loss
+
+# Surface reflectance of the decided pixels of mines6's training split: mean and standard deviation by band.
+MEAN = {"blue": 0.066, "green": 0.099, "red": 0.104, "nir": 0.262, "swir16": 0.208, "swir22": 0.128, "ndvi": 0.5}
+STD = {"blue": 0.053, "green": 0.069, "red": 0.097, "nir": 0.089, "swir16": 0.103, "swir22": 0.093, "ndvi": 0.3}
+THRESHOLD_RULE = "mapped area equals true area on the held-out blocks of the training split"
+STATE, LOG, MODEL = "state.pt", "metrics.jsonl", "model"
+
+
+def train(config: TrainConfig) -> Checkpoint:
+    """Train one network and return its best checkpoint, in `out/model`; goes on where a killed run stopped."""
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    _prepare_torch(config)
+
+    # Data
+    sets, holdout = load_sets(config)
+    samples = config.epoch_samples or sum(len(s) for s in sets)
+    steps = max(1, samples // config.batch)
+
+    # Network, teacher, optimiser
+    torch.manual_seed(config.seed)
+    recipe = make_recipe(config)
+    teacher = _teacher(config)
+    network = _move(start_network(config, recipe, teacher), config)
+    averaged = _averaged(network, config)
+    optimiser = torch.optim.AdamW(
+        [p for p in network.parameters() if p.requires_grad],
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay,
+    )
+    state = {"epoch": 0, "best": -1.0, "best_epoch": 0, "since": 0, "factor": 1.0}
+    _resume(out, config, state, network, averaged, optimiser)
+
+    while state["epoch"] < config.epochs and not (config.stop and _age(state) > config.stop):
+        # One epoch
+        epoch, losses = int(state["epoch"]), []
+        network.train()
+        for step in track(range(epoch * steps, (epoch + 1) * steps), f"epoch {epoch}", disable=config.quiet):
+            torch.manual_seed(config.seed * 1_000_003 + step)
+            for group in optimiser.param_groups:
+                group["lr"] = config.learning_rate * rate(config, state["factor"], step / steps)
+            image, target = (t.to(config.device) for t in make_batch(sets, config, recipe, step))
+            loss = step_loss(network, teacher, image, target, config)
+            optimiser.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(network.parameters(), config.clip)
+            optimiser.step()
+            if averaged is not None:
+                averaged.update_parameters(network)
+            losses.append(loss.item())
+
+        # Validation, schedule, log
+        judged = network if averaged is None else averaged.module
+        scores = validate(judged, recipe, holdout, config)
+        better = scores.get("miou", float(epoch)) > state["best"]
+        _advance(state, config, better=better, score=scores.get("miou", float(epoch)))
+        _log(out, {"epoch": epoch, "loss": float(np.mean(losses)), **scores})
+
+        # Checkpoint
+        if better:
+            save(out / MODEL, judged, recipe)
+        _store(out, config, state, network, averaged, optimiser)
+    return finish(load_model(out / MODEL), holdout, config)
+
+
+def finish(checkpoint: Checkpoint, holdout: list[Chips], config: TrainConfig) -> Checkpoint:
+    """Choose the threshold on the first holdout set, write its scores into the recipe."""
+    if not holdout or not len(holdout[0]):
+        return checkpoint
+    probability = predict_chips(checkpoint.network(), checkpoint.recipe, holdout[0])
+    threshold = round(metrics.area_unbiased_threshold(probability, holdout[0].mask), 3)
+    report = metrics.report(probability, holdout[0].mask, threshold)
+    recipe = replace(
+        checkpoint.recipe,
+        threshold=threshold,
+        threshold_rule=THRESHOLD_RULE,
+        metrics=checkpoint.recipe.metrics | {"holdout": report},
+    )
+    return save(checkpoint.path, checkpoint.network(), recipe)
+
+
+def load_sets(config: TrainConfig) -> tuple[list[Chips], list[Chips]]:
+    """Training and holdout rows of every chip file, by block, leakage checked."""
+    if not config.data:
+        raise InputError("no chip files: give at least one with --data")
+    training, holdout = [], []
+    for path in config.data:
+        chips = load_chips(path).split(config.split).decided()
+        if config.fine_share < 1:
+            chips = chips.where(draw_blocks(chips, config.fine_share, config.fine_seed))
+        held = draw_blocks(chips, config.holdout, config.holdout_seed) if config.holdout else _none(chips)
+        training.append(chips.where(~held))
+        holdout.append(chips.where(held))
+        if config.holdout:
+            check_leakage(training[-1], holdout[-1])
+    return training, holdout
+
+
+def _none(chips: Chips) -> np.ndarray:
+    return np.zeros(len(chips), bool)
+
+
+def make_recipe(config: TrainConfig) -> Recipe:
+    """The recipe of a run; threshold and metrics are filled in afterwards (see training/card.py)."""
+    names = (*config.bands, *config.derived)
+    return Recipe(
+        name=config.name,
+        architecture=config.architecture,
+        options=network_options(config),
+        bands=config.bands,
+        derived=config.derived,
+        mean=tuple(MEAN[n] for n in names),
+        std=tuple(STD[n] for n in names),
+        threshold=0.5,
+        training={k: v for k, v in as_json(config).items() if k not in ("out", "data", "teacher")}
+        | {"data": [Path(p).parent.name for p in config.data], "teacher": config.teacher is not None},
+    )
+
+
+def network_options(config: TrainConfig) -> dict[str, Any]:
+    """Keyword arguments of the network's constructor."""
+    options: dict[str, Any] = {"in_channels": len(config.bands) + len(config.derived)}
+    if config.architecture == "minec2fnet":
+        options |= {k: getattr(config, k) for k in ("gated_fusion", "cbam", "refinement", "steps")}
+    return options
+
+
+def start_network(config: TrainConfig, recipe: Recipe, teacher: nn.Module | None) -> nn.Module:
+    """The network as training starts: random, from ImageNet, or from its teacher."""
+    options = dict(recipe.options)
+    if config.imagenet and config.architecture != "minec2fnet":
+        options["encoder_weights"] = "imagenet"
+    network = models.build(config.architecture, **options)
+    if isinstance(network, MineC2FNet):
+        start = teacher or teacher_network(options["in_channels"], imagenet=config.imagenet)
+        network.start_from(start, fresh=config.fresh)
+    elif teacher is not None:
+        network.load_state_dict(teacher.state_dict())
+    return network
+
+
+def _teacher(config: TrainConfig) -> nn.Module | None:
+    if config.teacher is None:
+        return None
+    checkpoint = load_model(config.teacher)
+    if checkpoint.recipe.architecture != "fpn":
+        raise InputError(f"teacher {config.teacher} is a {checkpoint.recipe.architecture}: it must be an fpn")
+    return _move(checkpoint.network(), config)
+
+
+def _move(network: nn.Module, config: TrainConfig) -> nn.Module:
+    return network.to(config.device).to(memory_format=torch.channels_last)
+
+
+def step_loss(network: nn.Module, teacher: Any, image: Tensor, target: Tensor, config: TrainConfig) -> Tensor:
+    """L_student + lambda L_distill of one batch."""
+    image = image.contiguous(memory_format=torch.channels_last)
+    features, theirs = None, None
+    with torch.autocast(config.device, torch.bfloat16, enabled=config.precision == "bf16"):
+        if teacher is not None and config.selection != "none":
+            with torch.no_grad():
+                features = teacher.encoder(image)
+                theirs = teacher.segmentation_head(teacher.decoder(features))
+        shared = isinstance(network, MineC2FNet) and network.teacher_encoder is not None
+        logits = network(image, features) if shared else network(image)
+    weights = LossWeights(config.bce, config.dice, config.ssim, config.boundary)
+    loss = student_loss(logits, target, weights, config.smoothing)
+    if theirs is None:
+        return loss
+    return loss + config.distill * distillation_loss(
+        logits.float(), theirs, target, selection=config.selection, temperature=config.temperature
+    )
+
+
+def rate(config: TrainConfig, factor: float, epoch: float) -> float:
+    """Share of the learning rate at a moment (epochs, fractional): linear warm-up, then plateau or cosine."""
+    warm = min(1.0, (epoch + 1e-3) / config.warmup) if config.warmup else 1.0
+    if config.schedule == "plateau":
+        return warm * factor
+    progress = max(0.0, epoch - config.warmup) / max(1, config.epochs - config.warmup)
+    return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def validate(network: nn.Module, recipe: Recipe, holdout: list[Chips], config: TrainConfig) -> dict[str, float]:
+    """Scores of the holdout, in per cent: the first set's as they are, the others' with their number."""
+    found: dict[str, float] = {}
+    was_training = network.training
+    network.eval()
+    for i, chips in enumerate(holdout):
+        if len(chips):
+            probability = predict_chips(network, recipe, chips, precision=config.precision)
+            report = metrics.report(probability, chips.mask, recipe.threshold)
+            found |= {key if i == 0 else f"{key}_{i}": value for key, value in report.items()}
+    network.train(was_training)
+    return found
+
+
+def _age(state: dict[str, Any]) -> int:
+    return state["epoch"] - state["best_epoch"] - 1
+
+
+def _advance(state: dict[str, Any], config: TrainConfig, *, better: bool, score: float) -> None:
+    """Count the epoch; halve the rate after `patience` epochs without a better score."""
+    state["since"] = 0 if better else state["since"] + 1
+    if better:
+        state["best"], state["best_epoch"] = score, state["epoch"]
+    if state["since"] > config.patience:
+        state["factor"], state["since"] = state["factor"] / 2, 0
+    state["epoch"] += 1
+
+
+def _averaged(network: nn.Module, config: TrainConfig) -> AveragedModel | None:
+    if not config.ema:
+        return None
+    return AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
+
+
+def _store(
+    out: Path,
+    config: TrainConfig,
+    state: dict[str, Any],
+    network: nn.Module,
+    averaged: AveragedModel | None,
+    optimiser: torch.optim.Optimizer,
+) -> None:
+    """Write the state beside its place and rename it, so that a kill leaves the old or the new one."""
+    draft = out / f".{STATE}"
+    average = None if averaged is None else averaged.state_dict()
+    torch.save(
+        {
+            "config": _identity(config),
+            "state": state,
+            "network": network.state_dict(),
+            "averaged": average,
+            "optimiser": optimiser.state_dict(),
+        },
+        draft,
+    )
+    draft.replace(out / STATE)
+
+
+def _resume(
+    out: Path,
+    config: TrainConfig,
+    state: dict[str, Any],
+    network: nn.Module,
+    averaged: AveragedModel | None,
+    optimiser: torch.optim.Optimizer,
+) -> None:
+    if not (out / STATE).exists():
+        return
+    stored = torch.load(out / STATE, weights_only=True, map_location=config.device)
+    if stored["config"] != _identity(config):
+        raise InputError(f"{out} holds a run with another configuration: choose another --out or remove it")
+    state |= stored["state"]
+    network.load_state_dict(stored["network"])
+    optimiser.load_state_dict(stored["optimiser"])
+    if averaged is not None:
+        averaged.load_state_dict(stored["averaged"])
+    _trim_log(out, state["epoch"])
+
+
+def _identity(config: TrainConfig) -> str:
+    """What must be equal for a run to go on: all but where and how fast it runs."""
+    values = {k: v for k, v in as_json(config).items() if k not in ("out", "threads", "quiet", "device")}
+    return json.dumps(values, sort_keys=True)
+
+
+def _log(out: Path, row: dict[str, float]) -> None:
+    with (out / LOG).open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    with suppress(ImportError):
+        from torch.utils.tensorboard import SummaryWriter
+
+        with SummaryWriter(str(out)) as writer:
+            for key, value in row.items():
+                writer.add_scalar(key, value, int(row["epoch"]))
+
+
+def _trim_log(out: Path, epoch: int) -> None:
+    """Drop log lines of an epoch that was logged but not stored before the kill."""
+    lines = [line for line in (out / LOG).read_text().splitlines() if json.loads(line)["epoch"] < epoch]
+    (out / LOG).write_text("".join(f"{line}\n" for line in lines))
+
+
+def _prepare_torch(config: TrainConfig) -> None:
+    torch.set_num_threads(config.threads)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    keep_freed_memory()
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what torch frees instead of returning it: page faults halve the speed on a CPU otherwise."""
+    with suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD

@@ -1,0 +1,193 @@
+"""Chips and batches: what is read is what is stored, nothing leaks, nothing invented counts."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from minemap.errors import InputError
+from minemap.sentinel2 import BANDS
+from minemap.training import batches
+from minemap.training.batches import make_batch, place
+from minemap.training.chips import IGNORE, Chips, check_leakage, draw_blocks, keep_bands, load_chips
+from minemap.training.config import TOA_OFFSET, TrainConfig, make_config
+from minemap.training.loop import make_recipe
+
+SHARED = Path(os.environ.get("MINEMAP_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """Ten places, two dates, four bands in an order of their own, two places a block."""
+    rng = np.random.default_rng(0)
+    image = rng.integers(1, 4000, (10, 2, 4, 12, 12)).astype(np.int16)
+    image[3, 1] = 0
+    mask = rng.integers(0, 2, (10, 2, 12, 12)).astype(np.uint8)
+    mask[3, 1] = IGNORE
+    bands = np.array(["red", "green", "blue", "nir"])
+    np.savez(tmp_path / "chips.npz", image=image, mask=mask, bands=bands)
+    rows = [f"p{i},b{i // 2},{'val' if i > 7 else 'train'}" for i in range(10)]
+    (tmp_path / "chips.csv").write_text("\n".join(["id,block,split", *rows]) + "\n")
+    return tmp_path / "chips.npz"
+
+
+def test_reading_keeps_values_order_and_absence(file: Path) -> None:
+    chips = load_chips(file)
+    stored = np.load(file)
+    assert chips.image.shape == (20, 6, 12, 12)
+    assert np.allclose(chips.image[8, BANDS.index("blue")], stored["image"][4, 0, 2] / 10_000)
+    assert np.isnan(chips.image[:, BANDS.index("swir16")]).all()
+    assert np.isnan(chips.image[7]).all()
+    assert len(chips.decided()) == 19
+    assert chips.column("id")[8:10].tolist() == ["p4", "p4"]
+    assert chips.column("date")[8:10].tolist() == ["0", "1"]
+    assert len(chips.split("val")) == 4
+
+
+def test_no_table_and_no_date_axis_are_fine(tmp_path: Path) -> None:
+    arrays = {"image": np.ones((3, 3, 8, 8), np.uint16), "mask": np.zeros((3, 8, 8), np.uint8)}
+    np.savez(tmp_path / "chips.npz", bands=np.array(BANDS[:3]), **arrays)
+    chips = load_chips(tmp_path / "chips.npz")
+    assert len(chips) == 3
+    with pytest.raises(InputError, match="no column 'block'"):
+        chips.column("block")
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"bands": np.array(["red", "green", "purple"])}, "not among"),
+        ({"mask": np.zeros((2, 8, 8), np.uint8)}, "do not belong together"),
+        ({"image": np.ones((8, 8), np.uint16)}, "do not belong together"),
+    ],
+)
+def test_bad_files_are_refused(tmp_path: Path, change: dict, match: str) -> None:
+    arrays = {"image": np.ones((3, 3, 8, 8), np.uint16), "mask": np.zeros((3, 8, 8), np.uint8)}
+    np.savez(tmp_path / "chips.npz", **({"bands": np.array(BANDS[:3])} | arrays | change))
+    with pytest.raises(InputError, match=match):
+        load_chips(tmp_path / "chips.npz")
+
+
+def test_unreadable_files_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "chips.npz").write_bytes(b"nonsense")
+    for name in ("chips.npz", "absent.npz"):
+        with pytest.raises(InputError, match="cannot be read as chips"):
+            load_chips(tmp_path / name)
+
+
+def test_a_table_of_another_length_is_refused(file: Path) -> None:
+    file.with_name("chips.csv").write_text("id,block\np0,b0\n")
+    with pytest.raises(InputError, match="1 rows for 10"):
+        load_chips(file)
+
+
+def test_blocks_are_drawn_whole_and_near_their_share(file: Path) -> None:
+    chips = load_chips(file)
+    for seed in range(5):
+        drawn = draw_blocks(chips, 0.4, seed)
+        assert drawn.sum() == 8
+        check_leakage(chips.where(drawn), chips.where(~drawn))
+    with pytest.raises(InputError, match="two splits"):
+        check_leakage(chips, chips.where(drawn))
+
+
+def test_keep_bands(file: Path) -> None:
+    chips = keep_bands(load_chips(file), ("red",))
+    assert np.isnan(chips.image[0]).all(axis=(1, 2)).tolist() == [b != "red" for b in BANDS]
+
+
+def test_placing_keeps_the_chip_and_marks_the_rest() -> None:
+    image = np.arange(6 * 48 * 48, dtype=np.float32).reshape(6, 48, 48)
+    mask = np.ones((48, 48), np.uint8)
+    for seed in range(5):
+        window = place(image, mask, 160, np.random.default_rng(seed))
+        y, x = np.argwhere(window.inside)[0]
+        assert np.array_equal(window.image[:, y : y + 48, x : x + 48], image)
+        assert window.inside.sum() == (window.mask == 1).sum() == 48 * 48
+        assert (window.mask[~window.inside] == IGNORE).all()
+
+
+def test_cutting_from_a_larger_chip() -> None:
+    image = np.random.default_rng(0).random((6, 90, 80), np.float32)
+    window = place(image, np.zeros((90, 80), np.uint8), 64, np.random.default_rng(1))
+    assert window.image.shape == (6, 64, 64)
+    assert window.inside.all()
+    assert any(np.array_equal(window.image, image[:, y : y + 64, x : x + 64]) for y in range(27) for x in range(17))
+
+
+def _chips(value: float, bands: int = 6, size: int = 48) -> Chips:
+    image = np.full((8, 6, size, size), value, np.float32)
+    image[:, bands:] = np.nan
+    columns = {"sample": np.arange(8).astype(str), "date": np.full(8, "0")}
+    return Chips(image, np.tile(np.eye(size, dtype=np.uint8), (8, 1, 1)), columns)
+
+
+def _batch(sets: list[Chips], step: int = 0, **changes: object) -> tuple[torch.Tensor, torch.Tensor]:
+    config = make_config({"out": "", "batch": 16, **changes})
+    return make_batch(sets, config, make_recipe(config), step)
+
+
+def test_a_step_alone_decides_its_batch() -> None:
+    sets = [_chips(0.2), _chips(0.1, bands=3, size=256)]
+    options = {"large_share": 0.5, "drop_infrared": 0.3, "toa": 0.5}
+    for step in range(6):
+        first, again = _batch(sets, step, **options), _batch(sets, step, **options)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+        assert first[0].shape[-2:] == first[1].shape[-2:]
+        assert set(first[1].unique().tolist()) <= {0, 1, IGNORE}
+        assert torch.isfinite(first[0]).all()
+    assert not torch.equal(_batch(sets, 0, **options)[0], _batch(sets, 1, **options)[0])
+
+
+def test_absent_pixels_are_zero_and_never_counted() -> None:
+    x, y = _batch([_chips(0.9)], absent=1.0, holes=1.0)
+    absent = (x == 0).all(dim=1, keepdim=True)
+    assert absent.any()
+    assert (y[absent] == IGNORE).all()
+
+
+def test_dropped_bands_are_zero() -> None:
+    x, _ = _batch([_chips(0.9)], drop_infrared=1.0, absent=0.0, holes=0.0)
+    assert (x[:, 3:] == 0).all()
+    assert (x[:, :3] != 0).any()
+
+
+def test_atmosphere_goes_towards_the_other_source() -> None:
+    config = TrainConfig(out="", toa=1.0)
+    given, kept = np.ones((2, 6), bool), np.ones((2, 6), bool)
+    given[1, 3:] = False
+    kept[:, 3:] = False
+    offset = batches._atmosphere(given, kept, config, np.random.default_rng(0))
+    assert (offset[0, :3] > 0).all()
+    assert (offset[1, :3] < 0).all()
+    assert np.allclose(offset[0] / offset[0, 0], np.array(TOA_OFFSET) / TOA_OFFSET[0])
+    assert not batches._atmosphere(given[:1], given[:1], config, np.random.default_rng(0)).any()
+
+
+def test_affine_moves_image_and_mask_together() -> None:
+    yy, xx = np.mgrid[:48, :48]
+    square = ((abs(yy - 24) < 12) & (abs(xx - 20) < 9)).astype(np.uint8)
+    image = np.repeat(square[None, None].astype(np.float32), 6, axis=1)
+    columns = {"sample": np.array(["0"]), "date": np.array(["0"])}
+    chips = Chips(image, square[None], columns)
+    x, y = _batch([chips], affine=1.0, absent=0.0, holes=0.0, jitter=0.0)
+    bright = x[:, :1] > x.amin() / 2 + x.amax() / 2
+    counted = y != IGNORE
+    assert ((y == 1) == bright)[counted].float().mean() > 0.98
+
+
+@pytest.mark.parametrize(("name", "size", "images"), [("mines6", 48, 988), ("mines_rgb", 448, 50)])
+def test_the_real_chips(name: str, size: int, images: int) -> None:
+    path = SHARED / name / "chips.npz"
+    if not path.exists():
+        pytest.skip("requires shared data")
+    chips = load_chips(path)
+    assert chips.image.shape == (images, 6, size, size)
+    check_leakage(chips.split("train"), chips.split("val"))
+    observed = chips.decided().image[:, :3]
+    assert 0 < np.nanmin(observed)
+    assert np.nanmax(observed) < 2
