@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -391,9 +392,7 @@ class Seen(NamedTuple):
     scl: NDArray[np.uint8]  # (y, x) at 20 m, 0 outside the swath
 
 
-def observe(
-    land: Landscape, surface: Surface, look: Look, *, bright: NDArray[np.bool_] | None = None
-) -> Seen:
+def observe(land: Landscape, surface: Surface, look: Look, *, bright: NDArray[np.bool_] | None = None) -> Seen:
     """Render a look strip by strip. `bright`: where SCL mistakes tailings for cloud, (y, x) at 10 m."""
     sky = make_sky(look, land.shape)
     numbers = np.empty((6, *land.shape), np.int16)
@@ -449,9 +448,7 @@ def _classes(clear: Array) -> NDArray[np.uint8]:
     return scl
 
 
-def _classify(
-    scl: NDArray[np.uint8], sky: Sky, look: Look, bright: NDArray[np.bool_] | None
-) -> NDArray[np.uint8]:
+def _classify(scl: NDArray[np.uint8], sky: Sky, look: Look, bright: NDArray[np.bool_] | None) -> NDArray[np.uint8]:
     """Shadow, cirrus and clouds over the classes of the ground, each widened by a pixel; then the mistake."""
     wide = ndimage.maximum_filter(sky.cloud, 3)
     scl[ndimage.maximum_filter(sky.shadow, 3) > 0.15] = 3
@@ -523,8 +520,7 @@ def _geometry(polygon: shapely.Polygon, epsg: int) -> tuple[dict[str, Any], list
     lon, lat = _to(epsg, 4326).transform(*ring.T)
     whole = shapely.Polygon(np.stack([_near(lon, float(lon[0])), lat], 1))
     parts = [
-        translate(whole.intersection(shapely.box(turn - 180, -90, turn + 180, 90)), -turn)
-        for turn in (-360, 0, 360)
+        translate(whole.intersection(shapely.box(turn - 180, -90, turn + 180, 90)), -turn) for turn in (-360, 0, 360)
     ]
     parts = [shapely.set_precision(part, 1e-9) for part in parts if part.area > 0]
     shape = parts[0] if len(parts) == 1 else shapely.MultiPolygon(parts)
@@ -641,20 +637,26 @@ def _stored(band: NDArray[np.int16], seen: NDArray[np.bool_], product: Product) 
     return np.where(seen, np.maximum(band.astype(np.int32) + product.shift, 1), 0).astype(np.uint16)
 
 
+def _files(tile: Tile, product: Product, folder: Path) -> Iterator[dict[str, Any]]:
+    """Arguments of `write_cog` for each file of an item."""
+    seen = tile.scl > 0
+    fine = seen.repeat(2, 0).repeat(2, 1)
+    yield {"path": folder / "SCL.tif", "image": tile.scl, "frame": tile.frame, "resolution": 20}
+    for key, band in zip(BANDS, tile.numbers, strict=True):
+        coarse = key in COARSE
+        image = np.rint(_blocks(band).mean((1, 3))).astype(np.int16) if coarse else band
+        stored = _stored(image, seen if coarse else fine, product)
+        grid = {"frame": tile.frame, "resolution": ASSETS[key][-1]}
+        yield {"path": folder / f"{ASSETS[key][0]}.tif", "image": stored, "label": False, **grid}
+
+
 def _write_item(
     out: Path, tile: Tile, look: Look, product: Product, *, where: dict[str, Any], base: str
 ) -> dict[str, Any]:
     name = f"{look.platform}_{''.join(tile.square)}_{look.time:%Y%m%d}_{product.sequence}_L2A"
     folder, href = out / "scenes" / name, f"{base or '.'}/scenes/{name}"
-    seen = tile.scl > 0
-    fine = seen.repeat(2, 0).repeat(2, 1)
-    for key, band in zip(BANDS, tile.numbers, strict=True):
-        coarse = key in COARSE
-        image = np.rint(_blocks(band).mean((1, 3))).astype(np.int16) if coarse else band
-        stored = _stored(image, seen if coarse else fine, product)
-        file = folder / f"{ASSETS[key][0]}.tif"
-        write_cog(file, stored, tile.frame, resolution=ASSETS[key][-1], label=False)
-    write_cog(folder / "SCL.tif", tile.scl, tile.frame, resolution=20)
+    with ThreadPoolExecutor(4) as pool:  # compressing runs outside Python's lock
+        list(pool.map(lambda job: write_cog(**job), _files(tile, product, folder)))
     assets = {key: _asset(key, f"{href}/{ASSETS[key][0]}.tif", tile.frame, product) for key in BANDS}
     return {
         "type": "Feature",
