@@ -29,7 +29,7 @@ from .grid import CHUNK, CHUNKS, WINDOW, BBox, Grid, check_bbox, grids, pixel_ar
 from .predict import Settings, percent, probability
 from .reader import Access, read_overview
 from .scenes import Acquisition, Period, Scenes, Source, parse_months, parse_period, search, search_area, source
-from .sentinel2 import NODATA, OFFSET, SCL_MASKED, Item, Scaling, asset_key, contradicts, scaling
+from .sentinel2 import NODATA, OFFSET, SCL, SCL_MASKED, Item, Scaling, asset_key, contradicts, scaling
 from .store import QUICKLOOK, Store, parameters_hash, write_atomically
 
 if TYPE_CHECKING:
@@ -230,7 +230,11 @@ def _with_scenes(made: Plan, store: Store | None) -> Plan:
         for tile in zone:
             if (tile.group, tile.cell) not in chosen:
                 chosen[tile.group, tile.cell] = scenes.choose(epsg, tile.cell)
-    return replace(made, cells=chosen, frozen=len(done))
+    planned = replace(made, cells=chosen, frozen=len(done))
+    blind = sum(asset_key(item, SCL) is None for item in planned.items)
+    if blind:
+        warnings.warn(f"{blind} of {len(planned.items)} items have no SCL: their clouds are not masked", stacklevel=2)
+    return planned
 
 
 def _around(tiles: list[Grid]) -> Grid:
@@ -440,7 +444,7 @@ def _image(inner: Grid, job: Job) -> tuple[np.ndarray, np.ndarray, list[str], di
     items = [job.store.read_item(name) for name in ids]
     decided = {item["id"]: decide(item, job) for item in items}
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*no SCL")  # the client has said so once
+        warnings.filterwarnings("ignore", message=".*no SCL")  # plan() has said so
         layers = load_layers(
             items,
             seen,

@@ -141,7 +141,7 @@ class Store:
 
     def groups(self) -> list[str]:
         """Names of the zones' groups."""
-        return sorted(name for name, _ in zarr.open_group(self.path, mode="r", use_consolidated=False).groups())
+        return sorted(name for name, _ in self._zone("").groups())
 
     def _zone(self, group: str, mode: Literal["r", "r+"] = "r") -> zarr.Group:
         # Not through the consolidated metadata: those are for readers, and lag behind while we change shapes
@@ -159,10 +159,10 @@ class Store:
                     "the store with --extent zone, into which any areas merge"
                 )
             return
-        group = zarr.open_group(self.path, mode="r+", use_consolidated=False).create_group(grid.group, attributes=_zone_attributes(grid))
-        layers: dict[str, tuple[Any, tuple[str, ...], tuple[int, ...], int | None, dict[str, Any]]] = {
-            "probability": ("uint8", (), (), NOT_OBSERVED, {"long_name": "probability of mine", "units": "percent"}),
-            "observations": ("uint8", (), (), None, {"long_name": "number of clear acquisitions", "units": "1"}),
+        group = self._zone("", "r+").create_group(grid.group, attributes=_zone_attributes(grid))
+        layers: dict[str, _Layer] = {
+            "probability": _Layer("uint8", NOT_OBSERVED, {"long_name": "probability of mine", "units": "percent"}),
+            "observations": _Layer("uint8", None, {"long_name": "number of clear acquisitions", "units": "1"}),
         }
         if bands:
             # Band names are an attribute: Zarr v3 has no settled string type for a coordinate
@@ -172,22 +172,9 @@ class Store:
                 "units": "1",
                 "bands": list(bands),
             }
-            layers["composite"] = ("uint16", ("band",), (len(bands),), 0, about)
-        for name, (dtype, dims, sizes, missing, about) in layers.items():
-            attributes: dict[str, Any] = {**about, "grid_mapping": "spatial_ref"}
-            if missing is not None:
-                attributes["_FillValue"] = missing
-            group.create_array(
-                name,
-                shape=(0, *sizes, *grid.shape),
-                shards=(1, *sizes, chunk, chunk),
-                chunks=(1, *(1 for _ in sizes), WINDOW, WINDOW),
-                dtype=dtype,
-                fill_value=missing or 0,
-                compressors=ZstdCodec(level=5, checksum=True),
-                dimension_names=("time", *dims, "y", "x"),
-                attributes=attributes,
-            )
+            layers["composite"] = _Layer("uint16", 0, about, bands=len(bands))
+        for name, layer in layers.items():
+            _sharded(group, name, layer, grid, chunk)
         side = chunk // QUICKLOOK
         group.create_array(
             "quicklook",
@@ -369,6 +356,34 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """missing: the stored value of a pixel without an answer, None when every value is one."""
+
+    dtype: str
+    missing: int | None
+    about: dict[str, Any]
+    bands: int = 0
+
+
+def _sharded(group: zarr.Group, name: str, layer: _Layer, grid: Grid, chunk: int) -> None:
+    """An array without any period yet: a shard a super-tile, chunks of one window, zstd with a checksum."""
+    sizes = (layer.bands,) if layer.bands else ()
+    fill = {} if layer.missing is None else {"_FillValue": layer.missing}
+    group.create_array(
+        name,
+        shape=(0, *sizes, *grid.shape),
+        shards=(1, *sizes, chunk, chunk),
+        chunks=(1, *(1 for _ in sizes), WINDOW, WINDOW),
+        dtype=layer.dtype,
+        fill_value=layer.missing or 0,
+        compressors=ZstdCodec(level=5, checksum=True),
+        dimension_names=("time", *("band" for _ in sizes), "y", "x"),
+        # xarray makes a coordinate, which rioxarray wants, only of what "coordinates" names
+        attributes={**layer.about, "grid_mapping": "spatial_ref", "coordinates": "spatial_ref", **fill},
+    )
 
 
 def _array(group: zarr.Group, name: str) -> zarr.Array:

@@ -1,0 +1,276 @@
+"""The command line: parses, makes one library call, prints. Heavy imports happen inside the commands."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+from .errors import InputError, MinemapError
+
+INTERRUPTED = 130
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    words = _split_bbox(sys.argv[1:] if argv is None else argv)
+    arguments = parser().parse_args(words)
+    warnings.showwarning = _one_line  # type: ignore[assignment]
+    try:
+        return arguments.run(arguments) or 0
+    except KeyboardInterrupt:
+        print("minemap: interrupted; the same command goes on from here", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        if arguments.debug:
+            raise
+        return _failed(error)
+
+
+def _failed(error: BaseException) -> int:
+    known = error if isinstance(error, MinemapError) else error.__cause__
+    if isinstance(known, MinemapError):
+        print(f"minemap: {known}", file=sys.stderr)
+        return known.status
+    text = " ".join(str(error).split())[:300]
+    print(f"minemap: unexpected {type(error).__name__}: {text} (--debug shows where)", file=sys.stderr)
+    return 1
+
+
+def _one_line(message: Any, category: type[Warning], *_: Any) -> None:
+    if issubclass(category, UserWarning):
+        print(f"minemap: warning: {message}", file=sys.stderr)
+
+
+def _split_bbox(words: list[str]) -> list[str]:
+    """`--bbox -63.45,6.2,-63.3,6.35` as four words: argparse takes a word that starts with "-" for an option."""
+    out: list[str] = []
+    for i, word in enumerate(words):
+        name, _, joined = word.partition("=")
+        if name == "--bbox" and joined:
+            out += [name, *joined.replace(",", " ").split()]
+        elif i and words[i - 1] == "--bbox" and "," in word:
+            out += word.replace(",", " ").split()
+        else:
+            out.append(word)
+    return out
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="minemap", description="Maps the footprint of mining from Sentinel-2.")
+    top.add_argument("--version", action="version", version=f"minemap {__version__}")
+    commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for name, about, add, run in _commands():
+        command = commands.add_parser(name, help=about, description=about, allow_abbrev=False)
+        add(command)
+        command.add_argument("--debug", action="store_true", help="show where an error came from")
+        command.set_defaults(run=run)
+    return top
+
+
+Add = Callable[[argparse.ArgumentParser], None]
+Run = Callable[[argparse.Namespace], int | None]
+
+
+def _commands() -> Iterator[tuple[str, str, Add, Run]]:
+    from .training import commands as training
+
+    yield "map", "map a place for a date into a Zarr store", _add_map, _map
+    yield "info", "what is in a map: zones, dates, extent, model, how much was observed", _add_info, _info
+    yield "export", "write a map as COG (.tif) or picture (.png)", _add_export, _export
+    yield "models", "the known models; one model's card", _add_models, _models
+    yield (
+        "train",
+        "train a teacher, a student (MineC2FNet) or a baseline",
+        training.add_train_arguments,
+        training.run_train,
+    )
+    yield "evaluate", "a model's scores on labelled chips", training.add_evaluate_arguments, training.run_evaluate
+    yield "demo", "make a synthetic scene, map it, write the map, the table and a picture", _add_demo, _demo
+
+
+# --- map --------------------------------------------------------------------------------------------------------
+
+
+def _add_map(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--bbox", nargs="+", required=True, metavar="W S E N", help="degrees; W > E: across the antimeridian"
+    )
+    p.add_argument("--date", required=True, help="a year, a month, a day, or start/end")
+    p.add_argument("--out", required=True, help="the Zarr store to make, or to go on with")
+    p.add_argument("--stac", default="earth-search", help="earth-search, planetary-computer, a URL or an item file")
+    p.add_argument("--collection", help="the source's collection (default: sentinel-2-l2a; any in an item file)")
+    p.add_argument("--max-cloud", type=float, default=60.0, metavar="PERCENT", help="of an item (60)")
+    p.add_argument("--max-scenes", type=int, default=24, metavar="N", help="acquisitions a 20-km cell (24)")
+    p.add_argument("--min-clear", type=int, default=3, metavar="N", help="with fewer clear looks: not observed (3)")
+    p.add_argument("--months", help="of the year to use, as 6-9, 11-2 or 1,6,7")
+    p.add_argument("--mask-scl", metavar="CLASSES", help="SCL classes that are no clear look (0,1,3,8,9,10)")
+    p.add_argument("--no-rescue", action="store_true", help="do not keep stable bright ground that SCL calls cloud")
+    p.add_argument("--aoi", metavar="FILE", help="clip to the polygons of a vector file")
+    p.add_argument("--model", metavar="NAME|PATH", help="a known model or a checkpoint's folder")
+    p.add_argument("--precision", choices=("bf16", "fp32"), help="of the network (what the processor has)")
+    p.add_argument("--refresh", action="store_true", help="search again; else the scenes first chosen are used")
+    p.add_argument("--keep-composite", action="store_true", help="keep the composite at 10 m as well")
+    p.add_argument("--extent", choices=("bbox", "zone"), default="bbox", help="zone: any areas merge into it")
+    p.add_argument("--cluster", metavar="KIND", help="local, gpu, or a scheduler's address (tcp://HOST:PORT)")
+    p.add_argument("--workers", type=int, metavar="N", help="processes of --cluster local or gpu")
+    p.add_argument("--chunk", type=int, choices=(512, 1024, 2048), default=2048, help="super-tile, px (2048)")
+    p.add_argument("--reader", choices=("stackstac", "odc"), default="stackstac")
+    p.add_argument("--dry-run", action="store_true", help="say what would be read, computed and written, and stop")
+    p.add_argument("--overwrite", action="store_true", help="replace a map made with other parameters")
+    _add_output(p)
+
+
+def _add_output(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--quiet", action="store_true", help="no progress and no summary")
+    p.add_argument("--json", action="store_true", help="one JSON summary on standard output, nothing else there")
+
+
+def _options(a: argparse.Namespace) -> dict[str, Any]:
+    from .mapping import Options
+
+    options = {f.name: getattr(a, f.name) for f in fields(Options) if hasattr(a, f.name)}
+    if a.mask_scl is not None:
+        options["masked"] = _numbers(a.mask_scl.split(","), int, "--mask-scl")
+    return {**options, "rescue": not a.no_rescue}
+
+
+def _numbers(words: list[str], kind: type, name: str) -> tuple[Any, ...]:
+    try:
+        return tuple(kind(word) for word in words)
+    except ValueError:
+        raise InputError(f"{name} {' '.join(words)!r} is not a list of numbers") from None
+
+
+def _map(a: argparse.Namespace) -> int:
+    bbox = _numbers(a.bbox, float, "--bbox")
+    from .mapping import map_area, plan
+
+    if a.dry_run:
+        from .report import estimate
+
+        _say(a, estimate(plan(bbox, a.date, a.out, **_options(a))))
+        return 0
+    with _progress(a) as progress:
+        summary = map_area(
+            bbox, a.date, a.out, cluster=a.cluster, workers=a.workers, progress=progress, **_options(a)
+        )
+    _say(a, summary, _told(summary))
+    return 0
+
+
+def _told(s: dict[str, Any]) -> str:
+    return (
+        f"{s['out']}: {s['km2_total']:,.2f} km² mapped, {s['km2_mine']:,.2f} km² of mine, "
+        f"{s['km2_not_observed']:,.2f} km² not observed, {s['items']} items, {s['seconds']:.0f} s"
+    )
+
+
+def _say(a: argparse.Namespace, values: dict[str, Any], text: str | None = None) -> None:
+    if a.json:
+        print(json.dumps(values))
+    elif not a.quiet:
+        print(text or "\n".join(f"{name:>18}  {value}" for name, value in values.items()))
+
+
+@contextmanager
+def _progress(a: argparse.Namespace) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar on a terminal, plain lines when piped, nothing with --quiet; on standard error."""
+    if a.quiet:
+        yield None
+        return
+    if not sys.stderr.isatty():
+        last = [-1]
+
+        def line(done: int, total: int) -> None:
+            if done != last[0]:
+                print(f"{done}/{total} super-tiles", file=sys.stderr, flush=True)
+                last[0] = done
+
+        yield line
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    columns = ("super-tiles", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+# --- looking at maps and models ---------------------------------------------------------------------------------
+
+
+def _add_info(p: argparse.ArgumentParser) -> None:
+    p.add_argument("map", metavar="MAP")
+    _add_output(p)
+
+
+def _info(a: argparse.Namespace) -> None:
+    from .report import describe, told
+
+    about = describe(a.map)
+    _say(a, about, told(about))
+
+
+def _add_export(p: argparse.ArgumentParser) -> None:
+    p.add_argument("map", metavar="MAP")
+    p.add_argument("out", metavar="OUT", help="a name that ends in .tif or .png")
+    p.add_argument("--date", help="one of the map's periods (the last)")
+    p.add_argument("--threshold", type=float, help="probability from which a pixel is mine; a COG then holds classes")
+    p.add_argument("--zone", help="the zone's group, where the map has several")
+    p.add_argument("--quiet", action="store_true", help="do not name the file")
+
+
+def _export(a: argparse.Namespace) -> None:
+    from .export import export
+
+    out = export(a.map, a.out, date=a.date, threshold=a.threshold, zone=a.zone)
+    if not a.quiet:
+        print(out)
+
+
+def _add_models(p: argparse.ArgumentParser) -> None:
+    p.add_argument("name", nargs="?", metavar="NAME|PATH")
+    p.add_argument("--json", action="store_true", help="the recipe as JSON")
+
+
+def _models(a: argparse.Namespace) -> None:
+    from .report import card, model_list
+
+    if a.name is None:
+        names = model_list()
+        print(json.dumps(names) if a.json else "\n".join(f"{n['name']:24} {n['about']}" for n in names))
+        return
+    about = card(a.name)
+    print(json.dumps(about) if a.json else about["text"])
+
+
+# --- demo -------------------------------------------------------------------------------------------------------
+
+
+def _add_demo(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--out", default="demo", help="folder for the scene, the map, the table and the picture (demo)")
+    p.add_argument("--seed", type=int, default=0, help="of the landscape (0)")
+    p.add_argument("--size", type=int, default=1024, help="side of the scene in pixels of 10 m (1024)")
+    p.add_argument("--year", type=int, default=2023, help="to make and map (2023)")
+    _add_output(p)
+
+
+def _demo(a: argparse.Namespace) -> None:
+    from .showcase import run_demo
+
+    with _progress(a) as progress:
+        summary = run_demo(Path(a.out), seed=a.seed, size=a.size, year=a.year, progress=progress)
+    _say(a, summary, summary.pop("text"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

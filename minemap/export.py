@@ -1,0 +1,200 @@
+"""A map to files that other programs read: GeoTIFF (COG) and PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from .errors import InputError
+from .scenes import Period, parse_period
+from .store import QUICKLOOK, Store, open_map
+
+PICTURE_SIDE = 1600  # pixels of the longer side of a panel
+BLOCK = 2048  # rows and columns copied at a time
+MINE_COLOUR = (227, 26, 28)
+
+
+def export(
+    path: str | Path,
+    out: str | Path,
+    *,
+    date: str | None = None,
+    threshold: float | None = None,
+    zone: str | None = None,
+) -> Path:
+    """Writes a map of one zone and period to `out`, by its ending: .tif (COG) or .png.
+
+    date: one of the map's periods, the last one when None. threshold: 0-1; a COG then holds 1 = mine, 0 = not, 255 =
+    not observed instead of per cent; a picture's outline uses it, the model's own when None. zone: the group, needed
+    where there are several. Raises InputError, StoreError.
+    """
+    out = Path(out)
+    writers: dict[str, Callable[..., None]] = {".tif": write_cog, ".tiff": write_cog, ".png": write_picture}
+    if out.suffix.lower() not in writers:
+        raise InputError(f"can't export to {out.name!r}: endings are {', '.join(writers)}")
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise InputError(f"threshold {threshold} is a probability, 0 to 1")
+    if not out.absolute().parent.is_dir():
+        raise InputError(f"folder {out.absolute().parent} does not exist: make it first")
+    data = open_map(path, zone)
+    if not data.sizes["time"] or not data.sizes["y"]:
+        raise InputError(f"{path} has nothing mapped yet")
+    draft = out.with_name(f".{out.name}.draft{out.suffix}")
+    try:
+        writers[out.suffix.lower()](_period(data, date), draft, threshold=threshold, store=Store(Path(path)))
+        draft.replace(out)
+    finally:
+        draft.unlink(missing_ok=True)
+    return out
+
+
+def _period(data: xr.Dataset, date: str | None) -> xr.Dataset:
+    bounds = data["time_bounds"].values.astype("datetime64[D]").astype(object)
+    periods = [Period(start, end) for start, end in bounds]
+    if date is None:
+        return data.isel(time=-1)
+    wanted = parse_period(date)
+    if wanted not in periods:
+        raise InputError(f"the map has no period {wanted}: it has {', '.join(map(str, periods))}")
+    return data.isel(time=periods.index(wanted))
+
+
+def _stored(layer: xr.DataArray) -> np.ndarray:
+    """Per cent with NaN back to what is stored: uint8 with 255."""
+    return np.nan_to_num(layer.values, nan=255).astype(np.uint8)
+
+
+def write_cog(data: xr.Dataset, out: Path, *, threshold: float | None, store: Store) -> None:
+    """A cloud-optimised GeoTIFF, uint8, nodata 255: per cent, or classes with a colour table."""
+    import rasterio
+    from rasterio.shutil import copy
+
+    height, width = data.sizes["y"], data.sizes["x"]
+    profile = {
+        "driver": "GTiff",
+        "dtype": "uint8",
+        "count": 1,
+        "height": height,
+        "width": width,
+        "crs": data.rio.crs,
+        "transform": data.rio.transform(recalc=True),
+        "nodata": 255,
+        "tiled": True,
+        "compress": "deflate",
+        "BIGTIFF": "IF_SAFER",
+    }
+    plain = out.with_suffix(".plain.tif")
+    try:
+        with rasterio.open(plain, "w", **profile) as target:
+            for window in _blocks(height, width):
+                rows, columns = window
+                values = _stored(data["probability"].isel(y=slice(*rows), x=slice(*columns)))
+                target.write(classes(values, threshold), 1, window=rasterio.windows.Window.from_slices(rows, columns))
+            if threshold is not None:
+                target.write_colormap(1, {0: (235, 235, 225, 255), 1: (*MINE_COLOUR, 255), 255: (0, 0, 0, 0)})
+            target.update_tags(**_tags(store, data))
+        overviews = "AVERAGE" if threshold is None else "MODE"
+        copy(plain, out, driver="COG", compress="deflate", overview_resampling=overviews, BIGTIFF="IF_SAFER")
+    finally:
+        plain.unlink(missing_ok=True)
+
+
+def classes(percent: np.ndarray, threshold: float | None) -> np.ndarray:
+    """Per cent (uint8, 255 = not observed) as 1 = mine, 0 = not, 255; unchanged without a threshold."""
+    if threshold is None:
+        return percent
+    return np.where(percent == 255, 255, percent >= np.ceil(threshold * 100 - 1e-9)).astype(np.uint8)
+
+
+def _blocks(height: int, width: int) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    rows = [(r, min(r + BLOCK, height)) for r in range(0, height, BLOCK)]
+    columns = [(c, min(c + BLOCK, width)) for c in range(0, width, BLOCK)]
+    return [(r, c) for r in rows for c in columns]
+
+
+def _tags(store: Store, data: xr.Dataset) -> dict[str, str]:
+    about = store.attributes()
+    start, end = data["time_bounds"].values.astype("datetime64[D]")
+    return {
+        "TIFFTAG_SOFTWARE": f"minemap {about['minemap']}",
+        "period": f"{start}/{end}",
+        "model": about["model"],
+        "model_sha256": about["model_sha256"],
+    }
+
+
+def write_picture(data: xr.Dataset, out: Path, *, threshold: float | None, store: Store) -> None:
+    """The composite with the footprint's outline beside the probability: scale bar, legend, date."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    about = store.attributes()
+    limit = about["recipe"]["threshold"] if threshold is None else threshold
+    data = _cropped(data)
+    percent, ground, kilometres = _panels(data)
+    ratio = percent.shape[0] / percent.shape[1]
+    figure, axes = plt.subplots(1, 2, figsize=(14, 7 * ratio + 1.1), layout="constrained")
+    extent = (0.0, kilometres[1], 0.0, kilometres[0])
+    axes[0].imshow(ground, extent=extent, interpolation="nearest")
+    mine = np.nan_to_num(percent, nan=0) >= np.ceil(limit * 100 - 1e-9)
+    if mine.any() and not mine.all():
+        axes[0].contour(mine[::-1], levels=[0.5], colors="yellow", linewidths=0.8, extent=extent)
+    axes[0].set_title("Sentinel-2 composite, footprint outlined")
+    shown = axes[1].imshow(percent, extent=extent, vmin=0, vmax=100, cmap="inferno", interpolation="nearest")
+    axes[1].set_facecolor("lightgrey")
+    axes[1].set_title("Probability of mine (grey: not observed)")
+    figure.colorbar(shown, ax=axes[1], label="per cent", shrink=0.8)
+    for axis in axes:
+        _scale_bar(axis, kilometres)
+        axis.set(xticks=[], yticks=[])
+    start, end = data["time_bounds"].values.astype("datetime64[D]")
+    figure.suptitle(
+        f"{start} to {end}   model {about['model']}, threshold {limit:.2f}   EPSG:{data.rio.crs.to_epsg()}"
+    )
+    figure.savefig(out, dpi=110)
+    plt.close(figure)
+
+
+def _cropped(data: xr.Dataset) -> xr.Dataset:
+    """Without the empty margins, at 80-m steps; all of it when nothing was observed."""
+    seen = data["quicklook"].max("rgb").values > 0
+    if not seen.any():
+        return data
+    rows, columns = np.flatnonzero(seen.any(axis=1)), np.flatnonzero(seen.any(axis=0))
+    y, x = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+    fine_y, fine_x = (slice(s.start * QUICKLOOK, s.stop * QUICKLOOK) for s in (y, x))
+    return data.isel(y80=y, x80=x, y=fine_y, x=fine_x)
+
+
+def _panels(data: xr.Dataset) -> tuple[np.ndarray, np.ndarray, tuple[float, float]]:
+    """Per cent (y, x) thinned to a picture's size, colours (y, x, 3), and height and width in km."""
+    step = max(1, -(-max(data.sizes["y"], data.sizes["x"]) // PICTURE_SIDE))
+    percent = data["probability"].isel(y=slice(None, None, step), x=slice(None, None, step)).values
+    resolution = float(data["x"][1] - data["x"][0])
+    kilometres = data.sizes["y"] * resolution / 1000, data.sizes["x"] * resolution / 1000
+    return percent, _colours(data, step), kilometres
+
+
+def _colours(data: xr.Dataset, step: int) -> np.ndarray:
+    if "composite" in data and {"red", "green", "blue"} <= set(data["band"].values.tolist()):
+        thin: dict[str, Any] = {"y": slice(None, None, step), "x": slice(None, None, step)}
+        bright = data["composite"].sel(band=["red", "green", "blue"]).isel(thin).values / 0.3
+        return np.nan_to_num(np.clip(bright, 0, 1) ** 0.7, nan=0.8).transpose(1, 2, 0)
+    look = data["quicklook"].values.transpose(1, 2, 0)
+    return np.where(look.any(axis=2, keepdims=True), look, 204).astype(np.uint8)
+
+
+def _scale_bar(axis: Any, kilometres: tuple[float, float]) -> None:
+    target = kilometres[1] / 5
+    length = max(n * 10.0**e for e in range(-2, 4) for n in (1, 2, 5) if n * 10.0**e <= target)
+    x, y = kilometres[1] * 0.04, kilometres[0] * 0.04
+    axis.plot([x, x + length], [y, y], color="white", linewidth=5, solid_capstyle="butt")
+    axis.plot([x, x + length], [y, y], color="black", linewidth=2, solid_capstyle="butt")
+    label = f"{length:g} km" if length >= 1 else f"{length * 1000:g} m"
+    axis.text(x, y + kilometres[0] * 0.015, label, color="white", fontsize=9, weight="bold")

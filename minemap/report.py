@@ -1,0 +1,140 @@
+"""What is told to a person: a map's contents, a model's card, the cost of a run before it starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .checkpoint import DEFAULT_MODEL, Checkpoint, available, load_model
+from .grid import CELL, WINDOW
+from .predict import cores
+from .store import Store, open_map
+
+if TYPE_CHECKING:
+    from .mapping import Plan
+
+# Measured on two cores of an AVX512-BF16 server (benchmarks/README.md); they serve an estimate, nothing else.
+READ_SECONDS = 3.0e-8  # a pixel, band and acquisition, one core, local COGs with deflate
+NETWORK_SECONDS = {"bf16": 0.09, "fp32": 0.26}  # a window of 320 px, one core
+BYTES_READ = 1.3  # a pixel of 10 m, band and acquisition, compressed
+BYTES_WRITTEN = 0.35  # a pixel of the map, compressed
+WORKER_BYTES = 1.2e9  # libraries, weights and one super-tile without its looks
+LOOK_BYTES = 3.0  # a pixel and look held at a time
+FEWEST_BANDS_AT_10_M = 4
+
+
+def describe(path: str | Path) -> dict[str, Any]:
+    """Zones with their periods, extent and observed share, the model, and the parameters of a map."""
+    store = Store(Path(path))
+    about = store.attributes()
+    return {
+        "path": str(path),
+        "minemap": about["minemap"],
+        "model": about["model"],
+        "model_sha256": about["model_sha256"],
+        "stac": about["stac"],
+        "parameters": about["parameters"],
+        "zones": [_zone(store, group) for group in store.groups()],
+    }
+
+
+def _zone(store: Store, group: str) -> dict[str, Any]:
+    data = open_map(store.path, group)
+    grid = store.grid(group)
+    pixels = [_period(store, group, str(p), p.slug) for p in sorted(store.periods(group), key=str)]
+    bounds = tuple(data.rio.bounds()) if data.sizes["y"] else ()
+    return {"zone": group, "epsg": grid.epsg, "bounds": bounds, "resolution": grid.resolution, "periods": pixels}
+
+
+def _period(store: Store, group: str, name: str, slug: str) -> dict[str, Any]:
+    import json
+
+    records = [json.loads(p.read_text()) for p in (store.meta / "ledger" / group / slug).glob("*.json")]
+    area = (store.grid(group).resolution / 1000) ** 2
+    windows = sum((r["windows"][1] - r["windows"][0]) * (r["windows"][3] - r["windows"][2]) for r in records)
+    pixels = windows * WINDOW**2
+    observed, mine = (sum(r[key] for r in records) for key in ("observed_px", "mine_px"))
+    return {
+        "period": name,
+        "super_tiles": len(records),
+        "km2_computed": round(pixels * area, 2),
+        "observed_fraction": round(observed / pixels, 4) if pixels else 0.0,
+        "km2_mine": round(mine * area, 4),
+        "items": len({item for r in records for item in r["items"]}),
+    }
+
+
+def told(about: dict[str, Any]) -> str:
+    """`describe` as text."""
+    lines = [f"{about['path']}: model {about['model']} ({about['model_sha256'][:12]}), from {about['stac']}"]
+    for zone in about["zones"]:
+        extent = " ".join(f"{n:.0f}" for n in zone["bounds"]) or "nothing yet"
+        lines.append(f"  {zone['zone']}  EPSG:{zone['epsg']}, {zone['resolution']:g} m, extent {extent}")
+        lines += [
+            f"    {p['period']}: {p['super_tiles']} super-tiles, {p['km2_computed']:,.1f} km² computed, "
+            f"{p['observed_fraction']:.1%} observed, {p['km2_mine']:,.2f} km² of mine, {p['items']} items"
+            for p in zone["periods"]
+        ]
+    return "\n".join(lines)
+
+
+def model_list() -> list[dict[str, str]]:
+    """Name and one line about each bundled model."""
+    return [{"name": name, "about": _line(load_model(name))} for name in available()]
+
+
+def _line(model: Checkpoint) -> str:
+    about = model.recipe.training.get("about", "")
+    mark = "default; " if model.recipe.name == DEFAULT_MODEL else ""
+    return f"{mark}{about or model.recipe.architecture}"
+
+
+def card(name: str) -> dict[str, Any]:
+    """A model's recipe, its hash, and `text`: its card."""
+    from dataclasses import asdict
+
+    model = load_model(name)
+    written = model.path / "README.md"
+    facts = [
+        f"{model.recipe.name}  ({model.path})",
+        f"sha256     {model.sha256}",
+        f"network    {model.recipe.architecture}, bands {' '.join(model.recipe.bands)}",
+        f"threshold  {model.recipe.threshold:.2f} ({model.recipe.threshold_rule})",
+    ]
+    text = "\n".join(facts) + ("\n\n" + written.read_text() if written.exists() else "")
+    return {**asdict(model.recipe), "sha256": model.sha256, "text": text}
+
+
+def estimate(plan: Plan) -> dict[str, Any]:
+    """What a run would cost. Rates are those of two server cores and local files: a guide, not a promise."""
+    looks, layers = _looks(plan)
+    pixels = sum(w.inner.height * w.inner.width for w in plan.work)
+    bands = len(plan.checkpoint.recipe.bands) + 1
+    values = pixels * bands * looks
+    windows = pixels / WINDOW**2
+    seconds = (values * READ_SECONDS + windows * NETWORK_SECONDS[plan.settings.precision]) / cores()
+    held = max((w.inner.height * w.inner.width for w in plan.work), default=0) * layers * LOOK_BYTES
+    return {
+        "super_tiles": len(plan.work),
+        "zones": [grid.group for grid in plan.grids],
+        "cells_chosen_now": len(plan.cells),
+        "cells_frozen_before": plan.frozen,
+        "items": len(plan.items),
+        "acquisitions_per_cell": round(looks, 1),
+        "bytes_to_read": int(values * BYTES_READ * FEWEST_BANDS_AT_10_M / 6),
+        "worker_memory_bytes": int(WORKER_BYTES + 2 * min(held, 384 * 2**20)),
+        "seconds": round(seconds),
+        "bytes_written": int(pixels * BYTES_WRITTEN),
+        "cell_metres": CELL,
+        "model": plan.checkpoint.recipe.name,
+        "precision": plan.settings.precision,
+    }
+
+
+def _looks(plan: Plan) -> tuple[float, int]:
+    """Mean number of acquisitions a newly chosen cell has, and the most items."""
+    if not plan.cells:
+        return float(plan.options.max_scenes), plan.options.max_scenes
+    counts = [len(cell) for cell in plan.cells.values()]
+    items = max(sum(len(a.items) for a in cell) for cell in plan.cells.values())
+    return sum(counts) / len(counts), items
