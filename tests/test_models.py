@@ -9,15 +9,14 @@ from torch.nn import functional as F
 
 from minemap import models
 from minemap.errors import InputError
+from minemap.models.fill import fill_absent
 from minemap.models.minec2fnet import (
     CBAM,
     GatedFusion,
     MineC2FNet,
     Refinement,
     channel_mean,
-    observed_at,
-    observed_average,
-    observed_max,
+    spatial_mean,
     teacher_network,
 )
 
@@ -61,16 +60,13 @@ def test_starts_as_its_teacher(parts: tuple[int, int, int]) -> None:
     switches = dict(zip(("gated_fusion", "cbam", "refinement"), map(bool, parts), strict=True))
     student = MineC2FNet(**switches).start_from(teacher).eval()
     x = torch.randn(2, 6, 64, 64)
-    x[0, :, :40] = 0
     with torch.no_grad():
         assert torch.allclose(student(x), teacher(x), atol=1e-5)
 
 
 def test_all_off_is_the_plain_fpn() -> None:
     student = MineC2FNet(gated_fusion=False, cbam=False, refinement=False)
-    assert sum(p.numel() for p in student.parameters()) == sum(
-        p.numel() for p in teacher_network().parameters()
-    )
+    assert sum(p.numel() for p in student.parameters()) == sum(p.numel() for p in teacher_network().parameters())
 
 
 def test_frozen_encoder_never_moves() -> None:
@@ -120,39 +116,58 @@ def test_cbam_against_numpy() -> None:
     kernel, bias = (p.detach().numpy() for p in cbam.spatial.conv.parameters())
     space = [[(summary[:, i : i + 7, j : j + 7] * kernel[0]).sum() for j in range(5)] for i in range(4)]
     expected = v * twice_sigmoid(np.array(space) + bias)
-    answer = cbam(x, torch.ones(1, 1, 4, 5)).detach().numpy()[0]
+    answer = cbam(x).detach().numpy()[0]
     assert np.allclose(answer, expected, atol=1e-4)
 
 
 def test_refinement_is_repeated_residual() -> None:
     refinement = Refinement(32, steps=2, group_width=16)
     _shake(refinement, 0.2)
-    x, observed = torch.randn(1, 32, 6, 6), torch.ones(1, 1, 6, 6)
+    x = torch.randn(1, 32, 6, 6)
     expected = x
     for conv, attention in zip(refinement.convs, refinement.attentions, strict=True):
-        expected = expected + attention(
-            F.conv2d(expected, conv.weight, conv.bias, padding=1, groups=2), observed
-        )
-    assert torch.allclose(refinement(x, observed), expected, atol=1e-5)
+        expected = expected + attention(F.conv2d(expected, conv.weight, conv.bias, padding=1, groups=2))
+    assert torch.allclose(refinement(x), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_pooling_looks_at_observed_positions_only(memory_format: torch.memory_format) -> None:
+def test_means(memory_format: torch.memory_format) -> None:
     x = torch.randn(2, 5, 6, 7).contiguous(memory_format=memory_format)
-    observed = torch.zeros(2, 1, 6, 7)
-    observed[:, :, 2:5, 1:4] = 1
-    assert torch.allclose(observed_average(x, observed), x[:, :, 2:5, 1:4].mean((2, 3)), atol=1e-6)
-    assert torch.allclose(observed_max(x, observed), x[:, :, 2:5, 1:4].amax((2, 3)))
+    assert torch.allclose(spatial_mean(x), x.mean((2, 3)), atol=1e-6)
     assert torch.allclose(channel_mean(x), x.mean(1, keepdim=True), atol=1e-6)
 
 
+def test_filling_around_a_chip_is_reflection() -> None:
+    chip = torch.rand(1, 3, 20, 24) + 0.1
+    pads = (30, 42, 50, 26)  # left, right, top, bottom: more than once over
+    expected = np.pad(chip.numpy(), [(0, 0), (0, 0), (50, 26), (30, 42)], mode="reflect")
+    assert np.array_equal(fill_absent(F.pad(chip, pads)).numpy(), expected)
+
+
+def test_filling_keeps_what_was_observed_and_leaves_no_hole() -> None:
+    x = torch.rand(3, 6, 40, 40) + 0.1
+    x[0, :, torch.rand(40, 40) < 0.9] = 0
+    x[1, 3:] = 0
+    x[1, :, 10:20, 5:33] = 0
+    filled = fill_absent(x)
+    seen = (x != 0).any(dim=1)
+    for i in range(3):
+        assert torch.equal(filled[i][:, seen[i]], x[i][:, seen[i]])
+        assert (filled[i, :3] > 0).all()
+    assert (filled[1, 3:] == 0).all()
+    assert torch.equal(fill_absent(x[:1]), filled[:1])
+
+
+def test_surroundings_that_are_absent_equal_reflected_ones() -> None:
+    student = MineC2FNet().eval()
+    _shake(student.levels)
+    chip = torch.randn(1, 6, 48, 48)
+    reflected = torch.from_numpy(np.pad(chip.numpy(), [(0, 0), (0, 0), (24, 24), (24, 24)], mode="reflect"))
+    with torch.no_grad():
+        assert torch.equal(student(F.pad(chip, (24, 24, 24, 24))), student(reflected))
+
+
 def test_nothing_observed_is_finite() -> None:
-    feature = torch.randn(2, 4, 2, 2)
-    observed = torch.zeros(2, 1, 64, 64, dtype=torch.bool)
-    observed[1, 0, 40, 3] = True
-    seen = observed_at(observed, feature)
-    assert seen[0].sum() == 4
-    assert seen[1].flatten().tolist() == [0, 0, 1, 0]
     student = MineC2FNet().eval()
     _shake(student.levels)
     with torch.no_grad():

@@ -1,0 +1,51 @@
+"""Filling what was not observed, so that a network sees plausible surroundings instead of a flat nothing.
+
+A window at the edge of an image or with clouds in it holds pixels that are 0 in every channel. Convolutions
+forgive that, group normalisation and global pooling do not: measured on single chips, a network answered 4 mIoU
+points worse amid absent pixels than amid mirrored ones (docs/training.md).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import ndimage
+from torch import Tensor
+
+ROUNDS = 8  # each mirrors as far again as is known; what is left then takes the nearest observed pixel
+
+
+def fill_absent(x: Tensor) -> Tensor:
+    """Mirror observed pixels into absent ones, each sample by itself: (N, C, H, W) -> (N, C, H, W).
+
+    Absent = 0 in every channel. A channel that is missing altogether stays 0. Around a rectangle this equals
+    padding by reflection. Samples with everything or nothing observed are returned as they are.
+    """
+    observed = (x != 0).any(dim=1)
+    seen = observed.flatten(1)
+    partial = (seen.any(dim=1) & ~seen.all(dim=1)).nonzero()[:, 0].tolist()
+    if not partial:
+        return x
+    filled = x.clone()
+    for i in partial:
+        source = torch.from_numpy(mirror_sources(observed[i].cpu().numpy())).to(x.device)
+        filled[i] = x[i].flatten(1)[:, source.flatten()].view(x.shape[1:])
+    return filled
+
+
+def mirror_sources(observed: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Flat index of the observed pixel that stands in for each pixel, int64 (y, x), from bool (y, x)."""
+    shape = observed.shape
+    source = np.where(observed, np.arange(observed.size).reshape(shape), -1)
+    for _ in range(ROUNDS):
+        y, x = np.nonzero(source < 0)
+        if not len(y):
+            break
+        near = ndimage.distance_transform_edt(source < 0, return_distances=False, return_indices=True)
+        mirror_y, mirror_x = 2 * near[0][y, x] - y, 2 * near[1][y, x] - x
+        within = (mirror_y >= 0) & (mirror_y < shape[0]) & (mirror_x >= 0) & (mirror_x < shape[1])
+        source[y[within], x[within]] = source.copy()[mirror_y[within], mirror_x[within]]
+    left = source < 0
+    near = ndimage.distance_transform_edt(left, return_distances=False, return_indices=True)
+    return source[tuple(near)]
