@@ -14,9 +14,9 @@ __version__ = "0.1.0"
 _HOMES = {
     "search": "scenes",
     "load_cube": "cube",
-    "composite": "composite",
+    "composite": "compositing",
     "load_model": "checkpoint",
-    "predict": "predict",
+    "predict": "inference",
     "map_area": "mapping",
     "open_map": "store",
 }

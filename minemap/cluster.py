@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from .errors import InputError, MinemapError
-from .predict import cores
+from .inference import cores
 
 if TYPE_CHECKING:
     from distributed import Client

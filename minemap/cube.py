@@ -120,6 +120,8 @@ def _stack(
         return _empty(grid, bands, dtype, chunk)
     backend = _stackstac if reader == "stackstac" else _odc
     found = backend(with_any, grid, bands, resampling, dtype, chunk, access)
+    if not found.sizes["time"]:
+        return _empty(grid, bands, dtype, chunk)
     return found.reindex(band=list(bands), fill_value=dtype.type(NODATA)).assign_coords(y=grid.y, x=grid.x)
 
 
@@ -168,7 +170,13 @@ def _odc(
     import odc.stac
     import pystac
     from odc.geo.geobox import GeoBox
+    from stackstac.prepare import prepare_items
 
+    # Without the items that miss the grid, as stackstac does it, so that both give the same layers
+    bounds, step = grid.bounds, grid.resolution
+    *_, items = prepare_items(items, list(bands), grid.epsg, step, bounds, snap_bounds=False, rescale=False)
+    if not items:
+        return _empty(grid, bands, dtype, chunk)
     for item in items:
         for asset in item["assets"].values():
             access.check(asset["href"])

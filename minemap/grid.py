@@ -15,7 +15,6 @@ from functools import cached_property, lru_cache
 import numpy as np
 from affine import Affine
 from pyproj import CRS, Geod, Proj, Transformer
-from scipy.interpolate import RectBivariateSpline
 
 from .errors import InputError
 from .sentinel2 import RESOLUTION
@@ -210,6 +209,8 @@ def pixel_area_km2(grid: Grid) -> np.ndarray:
     The projection's areal scale varies by a tenth of a per cent over a zone, and smoothly: it is computed on a
     coarse lattice and interpolated (error below 1e-9).
     """
+    from scipy.interpolate import RectBivariateSpline  # slow to import, and a plan does without
+
     y, x = np.linspace(*grid.bounds[3:0:-2], 9), np.linspace(*grid.bounds[0:3:2], 9)
     lon, lat = _to_lonlat(grid.epsg).transform(*np.meshgrid(x, y))
     areal = np.asarray(Proj(grid.epsg).get_factors(lon, lat).areal_scale)

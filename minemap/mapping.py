@@ -22,11 +22,11 @@ import xarray as xr
 from . import __version__
 from .checkpoint import Checkpoint, load_model
 from .cluster import GPU, TASK_THREADS, connect, worker_count
-from .composite import Rule, composite_layers
+from .compositing import Rule, composite_layers
 from .cube import READERS, load_layers
 from .errors import InputError
 from .grid import CHUNK, CHUNKS, WINDOW, BBox, Grid, check_bbox, grids, pixel_area_km2, wanted_windows
-from .predict import Settings, percent, probability
+from .inference import Settings, percent, probability
 from .reader import Access, read_overview
 from .scenes import Acquisition, Period, Scenes, Source, parse_months, parse_period, search, search_area, source
 from .sentinel2 import NODATA, OFFSET, SCL, SCL_MASKED, Item, Scaling, asset_key, contradicts, scaling

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from .checkpoint import DEFAULT_MODEL, Checkpoint, available, load_model
 from .grid import CELL, WINDOW
-from .predict import cores
+from .inference import cores
 from .store import Store, open_map
 
 if TYPE_CHECKING:

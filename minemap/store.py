@@ -34,7 +34,7 @@ from zarr.codecs import ZstdCodec
 
 from .errors import InputError, StoreError
 from .grid import WINDOW, Grid
-from .predict import NOT_OBSERVED
+from .inference import NOT_OBSERVED
 from .scenes import Period
 from .sentinel2 import Item
 

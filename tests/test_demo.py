@@ -125,18 +125,14 @@ def test_footprint_is_where_the_pixels_are(scene: demo.Demo, items: list[dict[st
 def test_every_kind_of_offset_is_there(items: list[dict[str, Any]]) -> None:
     for year in YEARS:
         properties = [item["properties"] for item in items if item["properties"]["datetime"][:4] == str(year)]
-        kinds = {
-            (float(p["s2:processing_baseline"]) >= 4, p["earthsearch:boa_offset_applied"]) for p in properties
-        }
+        kinds = {(float(p["s2:processing_baseline"]) >= 4, p["earthsearch:boa_offset_applied"]) for p in properties}
         assert kinds == {(False, False), (True, True), (True, False)}
 
 
 def test_two_baselines_of_one_acquisition_differ_by_the_offset_alone(
     scene: demo.Demo, items: list[dict[str, Any]]
 ) -> None:
-    pairs = [
-        (a, b) for a in items for b in items if b["id"] == a["id"].replace("_0_L2A", "_1_L2A") != a["id"]
-    ]
+    pairs = [(a, b) for a in items for b in items if b["id"] == a["id"].replace("_0_L2A", "_1_L2A") != a["id"]]
     assert len(pairs) == len(YEARS)
     for old, new in pairs:
         takes = [item["properties"]["s2:datatake_id"].rsplit("_N", 1)[0] for item in (old, new)]
@@ -147,9 +143,7 @@ def test_two_baselines_of_one_acquisition_differ_by_the_offset_alone(
             assert (b - a == 1000)[a > 1].all()
 
 
-def test_tiles_of_one_acquisition_agree_where_they_overlap(
-    scene: demo.Demo, items: list[dict[str, Any]]
-) -> None:
+def test_tiles_of_one_acquisition_agree_where_they_overlap(scene: demo.Demo, items: list[dict[str, Any]]) -> None:
     west, east = [item for item in items if item["assets"]["red"]["proj:shape"][1] < 512][:2]
     assert west["properties"]["s2:datatake_id"] == east["properties"]["s2:datatake_id"]
     a, b = asset(scene, west, "red"), asset(scene, east, "red")
@@ -163,9 +157,7 @@ def test_nodata_is_the_same_in_all_assets(scene: demo.Demo, items: list[dict[str
     assert len(partly) == len(YEARS)
     for item in [*partly, items[0]]:
         outside = asset(scene, item, "scl") == 0
-        assert 100 * outside.mean() == pytest.approx(
-            item["properties"]["s2:nodata_pixel_percentage"], abs=1e-4
-        )
+        assert 100 * outside.mean() == pytest.approx(item["properties"]["s2:nodata_pixel_percentage"], abs=1e-4)
         for key in BANDS:
             empty = asset(scene, item, key) == 0
             np.testing.assert_array_equal(empty, np.kron(outside, np.ones([n // 256 for n in empty.shape])))
@@ -189,9 +181,7 @@ def test_cloud_cover_is_what_was_asked_for(tmp_path: Path) -> None:
     config = DemoConfig(size=256, years=(2022, 2023), cloudy_years={2023: 0.6}, cloud=0.2)
     made = json.loads(make_demo(tmp_path, config).items.read_text())["features"]
     for year, expected in ((2022, 0.2), (2023, 0.6)):
-        mean = np.mean(
-            [i["properties"]["eo:cloud_cover"] for i in made if i["id"].split("_")[2][:4] == str(year)]
-        )
+        mean = np.mean([i["properties"]["eo:cloud_cover"] for i in made if i["id"].split("_")[2][:4] == str(year)])
         assert mean / 100 == pytest.approx(expected, abs=0.12)
 
 
@@ -295,9 +285,7 @@ def test_the_box_lies_inside_the_scene(scene: demo.Demo, tmp_path: Path) -> None
     for made in (scene, across):
         west, south, east, north = made.bbox
         east += 360 if east < west else 0
-        lon, lat = (
-            a.ravel() for a in np.meshgrid(np.linspace(west, east, 50), np.linspace(south, north, 50))
-        )
+        lon, lat = (a.ravel() for a in np.meshgrid(np.linspace(west, east, 50), np.linspace(south, north, 50)))
         x, y = Transformer.from_crs(4326, made.epsg, always_xy=True).transform((lon + 180) % 360 - 180, lat)
         with rasterio.open(made.truth[2023]) as file:
             left, bottom, right, top = file.bounds

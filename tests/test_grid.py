@@ -1,0 +1,98 @@
+"""Grids, zones and areas against independent geometry."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pyproj import Geod, Transformer
+
+from minemap.errors import InputError
+from minemap.grid import CELL, Grid, check_bbox, grids, pixel_area_km2, wanted_windows, zone_epsg
+
+boxes = st.tuples(st.floats(-179.9, 179.9), st.floats(-83, 82), st.floats(0.01, 0.4), st.floats(0.01, 0.4)).map(
+    lambda b: (b[0], b[1], min(b[0] + b[2], 180.0), b[1] + b[3])
+)
+
+
+@settings(deadline=None, max_examples=40)
+@given(boxes, st.sampled_from([512, 1024, 2048]))
+def test_grids_cover_the_box_and_lie_on_the_lattice(bbox, chunk):
+    for grid in grids(bbox, chunk):
+        assert grid.left % (chunk * 10) == grid.top % (chunk * 10) == 0
+        assert grid.height % chunk == grid.width % chunk == 0
+    rng = np.random.default_rng(0)
+    for lon, lat in zip(rng.uniform(bbox[0], bbox[2], 5), rng.uniform(bbox[1], bbox[3], 5), strict=True):
+        grid = next(g for g in grids(bbox, chunk) if g.epsg == zone_epsg(lon, lat))
+        x, y = Transformer.from_crs(4326, grid.epsg, always_xy=True).transform(lon, lat)
+        left, bottom, right, top = grid.bounds
+        assert left <= x <= right and bottom <= y <= top
+
+
+@pytest.mark.parametrize(
+    "bbox", [(-6.05, 40, -5.95, 40.1), (179.95, -16, -179.95, -15.9), (-66.05, -0.05, -65.95, 0.05)]
+)
+def test_zones_share_the_land_without_gap_or_doubling(bbox):
+    """The pixels that all zones own within a box add up to its area on the ellipsoid."""
+    total, pixels = 0.0, 0
+    for grid in grids(bbox, 512):
+        for tile in grid.tiles(512):
+            mine = tile.inside(bbox)
+            assert not (mine & ~tile.owned()).any()
+            total += float((pixel_area_km2(tile) * mine).sum())
+            pixels += int(mine.sum())
+    west, south, east, north = bbox
+    east = east + 360 if east < west else east
+    edge = np.linspace(west, east, 200)
+    lon, lat = np.r_[edge, edge[::-1]], np.r_[np.full(200, south), np.full(200, north)]
+    expected = abs(Geod(ellps="WGS84").polygon_area_perimeter(lon, lat)[0]) / 1e6
+    assert total == pytest.approx(expected, rel=1e-3)  # a border of pixels is in or out whole
+    assert len({g.epsg for g in grids(bbox)}) > 1
+
+
+def test_owned_pixels_agree_with_projecting_each():
+    grid = Grid(32630, 752_000.0, 4_430_000.0, 300, 900)  # reaches into zone 31
+    lon, _ = Transformer.from_crs(32630, 4326, always_xy=True).transform(*np.meshgrid(grid.x, grid.y))
+    assert (grid.owned() == ((lon >= -6) & (lon < 0))).all()
+    assert 0 < grid.owned().mean() < 1
+
+
+def test_pixel_areas_agree_with_geodesic_polygons():
+    grid = Grid(32720, 450_560.0, 8_000_000.0, 64, 64, 320.0)
+    left, bottom, right, top = grid.bounds
+    side = np.linspace(0, 1, 400)
+    x = np.r_[left + side * (right - left), np.full(400, right), right - side * (right - left), np.full(400, left)]
+    y = np.r_[np.full(400, top), top - side * (top - bottom), np.full(400, bottom), bottom + side * (top - bottom)]
+    lon, lat = Transformer.from_crs(32720, 4326, always_xy=True).transform(x, y)
+    expected = abs(Geod(ellps="WGS84").polygon_area_perimeter(lon, lat)[0]) / 1e6
+    assert pixel_area_km2(grid).sum() == pytest.approx(expected, rel=1e-6)
+
+
+def test_cells_hold_whole_super_tiles():
+    for chunk in (512, 1024, 2048):
+        grid = grids((-63.45, 6.2, -63.3, 6.35), chunk)[0]
+        for tile in grid.tiles(chunk):
+            column, row = tile.cell
+            left, bottom, right, top = tile.bounds
+            assert column * CELL <= left and right <= (column + 1) * CELL
+            assert row * CELL <= bottom and top <= (row + 1) * CELL
+
+
+def test_wanted_windows_hold_every_asked_pixel_and_no_empty_side():
+    bbox = (-63.45, 6.2, -63.3, 6.35)
+    for tile in grids(bbox)[0].tiles(2048):
+        top, bottom, left, right = wanted_windows(tile, bbox)
+        asked = tile.inside(bbox)
+        inner = asked[top * 256 : bottom * 256, left * 256 : right * 256]
+        assert inner.sum() == asked.sum()
+        assert inner[:256].any() and inner[-256:].any() and inner[:, :256].any() and inner[:, -256:].any()
+
+
+@pytest.mark.parametrize(
+    ("bbox", "message"),
+    [((1, 2, 3), "needs 4 numbers"), ((0, 0, float("nan"), 1), "not finite"), ((0, 0, 200, 1), "east is 200")],
+)
+def test_bad_boxes(bbox, message):
+    with pytest.raises(InputError, match=message):
+        check_bbox(bbox)

@@ -1,0 +1,281 @@
+"""The main job on the synthetic scene: the same place gives the same pixel, and nothing is done twice."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import geopandas
+import numpy as np
+import pytest
+import rasterio
+import xarray as xr
+import zarr
+from shapely.geometry import box
+
+import minemap
+from minemap import load_cube, map_area, open_map
+from minemap.checkpoint import load_model
+from minemap.compositing import Rule, composite
+from minemap.demo import DemoConfig, make_demo
+from minemap.errors import InputError, StoreError
+from minemap.grid import grids
+from minemap.mapping import plan
+from minemap.scenes import Scenes, search
+from minemap.store import Store
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*no SCL:UserWarning")
+
+
+@pytest.fixture(scope="module")
+def inner(scene):
+    """A box inside the scene, smaller than it."""
+    west, south, east, north = scene.bbox
+    dx, dy = (east - west) / 5, (north - south) / 5
+    return west + dx, south + dy, east - dx, north - dy
+
+
+@pytest.fixture(scope="module")
+def options(scene, model):
+    return {"stac": scene.items, "model": model, "chunk": 512}
+
+
+@pytest.fixture(scope="module")
+def made(inner, options, tmp_path_factory):
+    path = tmp_path_factory.mktemp("made") / "map.zarr"
+    return path, map_area(inner, "2023", path, keep_composite=True, **options)
+
+
+def stored(path, name="probability", zone=None):
+    """An array of a map as stored, with its coordinates."""
+    zone = zone or Store(path).groups()[0]
+    return xr.open_zarr(path, group=zone, mask_and_scale=False)[name].isel(time=0).load()
+
+
+def overlap(one, other):
+    """Both on the coordinates that they share, where both were computed."""
+    y, x = (np.intersect1d(one[d], other[d]) for d in ("y", "x"))
+    return one.sel(y=y, x=x).values, other.sel(y=y, x=x).values
+
+
+def test_store_follows_the_contract(made):
+    path, summary = made
+    group = zarr.open_group(path, mode="r")
+    assert {"minemap", "model", "model_sha256", "recipe", "parameters", "parameters_hash", "stac"} <= set(group.attrs)
+    zone = group["utm32620"]
+    assert zone["probability"].shards == (1, 512, 512) and zone["probability"].chunks == (1, 256, 256)
+    assert zone["probability"].fill_value == 255 and zone["probability"].attrs["_FillValue"] == 255
+    assert zone["observations"].fill_value == 0 and "_FillValue" not in zone["observations"].attrs
+    assert zone["quicklook"].shape[-1] == zone["probability"].shape[-1] // 8
+    assert "checksum': True" in str(zone["probability"].metadata.codecs[0].to_dict())
+    assert zone.attrs["proj:code"] == "EPSG:32620"
+    data = xr.open_zarr(path, group="utm32620")
+    assert data.rio.crs.to_epsg() == 32620 and data["probability"].rio.crs.to_epsg() == 32620
+    assert list(data["probability"].dims) == ["time", "y", "x"]
+    assert str(data["time"].values[0])[:10] == "2023-01-01"
+    assert data["x"].values[0] % 10 == 5 and data["y"].values[0] % 10 == 5
+    assert summary["km2_mine"] <= summary["km2_observed"] <= summary["km2_total"]
+    assert json.loads((path.with_name("map.zarr.meta") / "items.json").read_text())["type"] == "FeatureCollection"
+
+
+def test_areas_of_the_summary_are_those_of_the_pixels(made, inner):
+    path, summary = made
+    from minemap.grid import pixel_area_km2
+
+    grid = Store(path).grid("utm32620")
+    asked, area = grid.inside(inner), pixel_area_km2(grid)
+    percent = stored(path).values
+    assert summary["km2_total"] == pytest.approx(area[asked].sum(), rel=1e-6)
+    assert summary["km2_observed"] == pytest.approx(area[asked & (percent != 255)].sum(), rel=1e-6)
+    mine = asked & (percent != 255) & (percent >= 50)
+    assert summary["km2_mine"] == pytest.approx(area[mine].sum(), rel=1e-6)
+    assert summary["km2_observed"] / summary["km2_total"] > 0.95
+
+
+def test_the_map_is_the_steps_one_by_one(made, inner, scene, model):
+    """search, load_cube, composite, predict by hand give the map's pixels."""
+    path, _ = made
+    items = search(scene.bbox, "2023", stac=scene.items)
+    grid = Store(path).grid("utm32620")
+    chosen = Scenes(items, 24).choose(32620, grid.cell)
+    cube = load_cube([item for a in chosen for item in a.items], grid.buffered(32), chunk=512)
+    image = composite(cube, Rule())
+    by_hand = minemap.predict(image, load_model(model)).sel(y=grid.y, x=grid.x).compute()
+    one, other = stored(path).values, by_hand.values
+    # the outermost windows of a map see its halo read from the source; by hand it lies inside too
+    computed = stored(path, "observations").values > 0
+    assert computed.any() and grid.shape == one.shape
+    np.testing.assert_array_equal(one[computed], other[computed])
+    kept = stored(path, "composite").values
+    seen = kept.any(axis=0)
+    expected = np.nan_to_num(np.rint(image.sel(y=grid.y, x=grid.x).values * 1e4)).astype(np.uint16)
+    np.testing.assert_array_equal(kept[:, seen], expected[:, seen])
+
+
+def test_another_box_and_another_chunk_give_the_same_pixels(made, scene, options, tmp_path):
+    path, _ = made
+    west, south, east, north = scene.bbox
+    shifted = (west + (east - west) / 3, south, east, north - (north - south) / 3)
+    other = tmp_path / "other.zarr"
+    map_area(shifted, "2023", other, **{**options, "chunk": 2048})
+    for name in ("probability", "observations"):
+        one, two = overlap(stored(path, name), stored(other, name))
+        both = (overlap(stored(path, "observations"), stored(other, "observations")))
+        computed = (both[0] > 0) & (both[1] > 0)
+        assert computed.sum() > 20_000
+        np.testing.assert_array_equal(one[computed], two[computed])
+
+
+def test_a_second_run_computes_nothing_and_a_lost_tile_is_made_again(made, inner, options):
+    path, first = made
+    before = stored(path).values.copy()
+    assert map_area(inner, "2023", path, keep_composite=True, **options)["super_tiles_computed"] == 0
+    record = next((path.with_name("map.zarr.meta") / "ledger").glob("*/*/*.json"))
+    record.unlink()
+    again = map_area(inner, "2023", path, keep_composite=True, **options)
+    assert again["super_tiles_computed"] == 1 and again["km2_mine"] == first["km2_mine"]
+    np.testing.assert_array_equal(stored(path).values, before)
+
+
+def test_scenes_stay_frozen_when_the_catalogue_grows(inner, options, scene, tmp_path):
+    catalogue = json.loads(scene.items.read_text())
+    for found in catalogue["features"]:
+        for asset in found["assets"].values():
+            asset["href"] = str(scene.items.parent / asset["href"])
+    some = tmp_path / "items.json"
+    some.write_text(json.dumps({**catalogue, "features": catalogue["features"][:4]}))
+    out = tmp_path / "map.zarr"
+    words = {**options, "stac": some, "min_clear": 1, "max_cloud": 100}
+    first = map_area(inner, "2023", out, **words)
+    some.write_text(json.dumps(catalogue))
+    assert map_area(inner, "2023", out, **words)["items"] == first["items"]
+    grown = plan(inner, "2023", out, refresh=True, **words)
+    assert len(grown.items) > first["items"]
+    saved = tmp_path / "map.zarr.meta" / "items.json"
+    rerun = map_area(inner, "2023", tmp_path / "again.zarr", **{**words, "stac": saved})
+    assert rerun["items"] == first["items"] and rerun["km2_mine"] == first["km2_mine"]
+
+
+def test_years_and_areas_merge_into_a_zone_store(scene, options, model, tmp_path):
+    west, south, east, north = scene.bbox
+    middle = (west + east) / 2
+    out = tmp_path / "zone.zarr"
+    words = {**options, "extent": "zone", "min_clear": 1}
+    map_area((west, south, middle, north), "2023", out, **words)
+    map_area((middle, south, east, north), "2023", out, **words)
+    map_area((west, south, middle, north), "2023-01/2023-06", out, **words)
+    data = open_map(out)
+    assert data.sizes["time"] == 2 and data.sizes["x"] <= 4 * 512
+    assert [str(t)[:10] for t in data["time_bounds"].values[:, 1]] == ["2023-12-31", "2023-06-30"]
+    once = tmp_path / "once.zarr"
+    map_area(scene.bbox, "2023", once, **{**options, "min_clear": 1})
+    one, two = overlap(stored(out).load(), stored(once))
+    computed = two != 255
+    np.testing.assert_array_equal(one[computed], two[computed])
+
+
+def test_a_bbox_store_refuses_another_area(made, scene, options):
+    west, south, east, north = scene.bbox
+    with pytest.raises(StoreError, match="covers another area of utm32620"):
+        map_area((west - 1, south, east, north), "2023", made[0], keep_composite=True, **options)
+
+
+def test_two_runs_on_one_store(made, inner, options):
+    store = Store(made[0])
+    with store.locked(), pytest.raises(StoreError, match="is being written by another run"):
+        map_area(inner, "2023", made[0], keep_composite=True, **options)
+
+
+def test_min_clear_months_and_max_scenes_reach_the_map(inner, options, tmp_path):
+    few = map_area(inner, "2023", tmp_path / "a.zarr", max_scenes=2, min_clear=1, **options)
+    assert stored(tmp_path / "a.zarr", "observations").values.max() <= 2
+    none = map_area(inner, "2023", tmp_path / "b.zarr", max_scenes=2, min_clear=3, **options)
+    assert few["km2_observed"] > 0 and none["km2_observed"] == 0 and none["km2_mine"] == 0
+    assert (stored(tmp_path / "b.zarr").values == 255).all()
+    half = map_area(inner, "2023", tmp_path / "c.zarr", months="1-6", min_clear=1, **options)
+    assert 0 < half["items"] < 8
+
+
+def test_aoi_clips(inner, options, tmp_path):
+    west, south, east, north = inner
+    area = box(west, south, (west + east) / 2, (south + north) / 2)
+    geopandas.GeoSeries([area], crs=4326).to_file(tmp_path / "aoi.geojson")
+    out = tmp_path / "map.zarr"
+    summary = map_area(inner, "2023", out, aoi=tmp_path / "aoi.geojson", **options)
+    percent = stored(out)
+    seen = percent.values != 255
+    assert summary["km2_total"] == pytest.approx(seen.sum() * 1e-4, rel=0.1)
+    geopandas.GeoSeries([box(0, 0, 1, 1)], crs=4326).to_file(tmp_path / "far.geojson")
+    with pytest.raises(InputError, match="no place in common"):
+        map_area(inner, "2023", tmp_path / "x.zarr", aoi=tmp_path / "far.geojson", **options)
+    with pytest.raises(StoreError, match="was made with aoi"):
+        map_area(inner, "2023", out, **options)
+
+
+def test_overwrite_starts_anew(inner, options, tmp_path):
+    out = tmp_path / "map.zarr"
+    map_area(inner, "2023", out, max_scenes=3, **options)
+    with pytest.raises(StoreError, match="was made with max_scenes = 3, this run has 24"):
+        map_area(inner, "2023", out, **options)
+    again = map_area(inner, "2023", out, overwrite=True, **options)
+    assert again["super_tiles_computed"] == again["super_tiles"]
+
+
+def test_unknown_option():
+    with pytest.raises(InputError, match="unknown option 'max_clouds'"):
+        map_area((0, 0, 1, 1), "2023", "x.zarr", max_clouds=3)
+
+
+def test_odc_maps_the_same(made, inner, options, tmp_path):
+    pytest.importorskip("odc.stac")
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # odc-geo 0.5 with affine 3 and shapely 2.1
+        map_area(inner, "2023", tmp_path / "odc.zarr", reader="odc", **options)
+    np.testing.assert_array_equal(stored(made[0]).values, stored(tmp_path / "odc.zarr").values)
+
+
+def test_a_dask_cluster_of_processes_gives_the_same_bytes(made, inner, options, tmp_path):
+    summary = map_area(inner, "2023", tmp_path / "two.zarr", cluster="local", workers=2, **options)
+    assert summary["super_tiles_computed"] == summary["super_tiles"]
+    for name in ("probability", "observations"):
+        np.testing.assert_array_equal(stored(made[0], name).values, stored(tmp_path / "two.zarr", name).values)
+
+
+@pytest.mark.parametrize(("lon", "lat", "zones"), [(-66.0, 6.25, 2), (180.0, -16.5, 2)])
+def test_zones_join_without_gap_or_doubling(lon, lat, zones, model, tmp_path):
+    config = DemoConfig(seed=3, lon=lon, lat=lat, size=384, years=(2023,), scenes_per_year=4, zones="all", cloud=0.05)
+    scene = make_demo(tmp_path / "scene", config)
+    out = tmp_path / "map.zarr"
+    words = {"stac": scene.items, "model": model, "chunk": 512, "min_clear": 1, "max_cloud": 100}
+    summary = map_area(scene.bbox, "2023", out, **words)
+    store = Store(out)
+    assert len(store.groups()) == zones
+    area = 0.0
+    for grid in grids(scene.bbox, 512):
+        percent = stored(out, zone=grid.group).values
+        assert (percent[~grid.owned()] == 255).all()
+        asked = grid.inside(scene.bbox)
+        area += asked.sum() * 1e-4
+        assert (percent[asked] != 255).mean() > 0.97
+    assert summary["km2_total"] == pytest.approx(area, rel=2e-3)
+    assert summary["km2_observed"] / summary["km2_total"] > 0.97
+
+
+def test_exported_cog_holds_the_maps_pixels(made, tmp_path):
+    from minemap.export import export
+
+    path, _ = made
+    data = stored(path)
+    with rasterio.open(export(path, tmp_path / "m.tif")) as source:
+        np.testing.assert_array_equal(source.read(1), data.values)
+        assert source.crs.to_epsg() == 32620 and source.nodata == 255
+        assert source.transform.c == data["x"].values[0] - 5 and source.transform.f == data["y"].values[0] + 5
+        assert source.overviews(1) and source.tags(ns="IMAGE_STRUCTURE")["LAYOUT"] == "COG"
+        assert source.tags()["model"] == "random"
+    with rasterio.open(export(path, tmp_path / "c.tif", threshold=0.5)) as source:
+        expected = np.where(data.values == 255, 255, data.values >= 50)
+        np.testing.assert_array_equal(source.read(1), expected)
+        assert source.colormap(1)[1][:3] == (227, 26, 28)
+    shutil.rmtree(tmp_path)

@@ -1,0 +1,155 @@
+"""Periods, filters, duplicates and the choice of acquisitions."""
+
+from __future__ import annotations
+
+import json
+from datetime import date
+
+import pytest
+from conftest import item, item_file
+
+from minemap.errors import CatalogueError, InputError, NoItemsError
+from minemap.scenes import Period, Scenes, acquisition_id, newest, parse_months, parse_period, search
+from minemap.sentinel2 import OFFSET, asset_key, baseline, contradicts, scaling
+
+BOX = (-63.5, 6.0, -63.0, 6.5)
+HREFS = {"blue": "/nowhere.tif"}
+
+
+@pytest.mark.parametrize(
+    ("text", "start", "end"),
+    [
+        ("2023", date(2023, 1, 1), date(2023, 12, 31)),
+        ("2024-02", date(2024, 2, 1), date(2024, 2, 29)),
+        ("2023-06-15", date(2023, 6, 15), date(2023, 6, 15)),
+        ("2022-11/2023-02", date(2022, 11, 1), date(2023, 2, 28)),
+        ("2023-01-05/2023-01-09", date(2023, 1, 5), date(2023, 1, 9)),
+    ],
+)
+def test_periods(text, start, end):
+    assert parse_period(text) == Period(start, end)
+
+
+@pytest.mark.parametrize("text", ["", "23", "2023-6", "2023-02-30", "2023/2022", "a/b", "2023/2024/2025"])
+def test_bad_periods(text):
+    with pytest.raises(InputError, match="date"):
+        parse_period(text)
+
+
+def test_months():
+    assert parse_months("6-9") == (6, 7, 8, 9)
+    assert parse_months("11-2") == (11, 12, 1, 2)
+    assert parse_months("1,6-7") == (1, 6, 7)
+    assert parse_months(None) == ()
+    for text in ("0", "13", "a", "3-", "1,,2"):
+        with pytest.raises(InputError, match="months"):
+            parse_months(text)
+
+
+def test_search_says_what_each_filter_removed(tmp_path):
+    path = item_file(
+        tmp_path / "items.json",
+        [
+            item("a", "2023-01-10", BOX, HREFS, **{"eo:cloud_cover": 90}),
+            item("b", "2023-03-10", BOX, HREFS, **{"eo:cloud_cover": 10}),
+            item("c", "2021-03-10", BOX, HREFS),
+            item("d", "2023-01-10", (10, 10, 11, 11), HREFS),
+        ],
+    )
+    assert [i["id"] for i in search(BOX, "2023", stac=path)] == ["b"]
+    message = "3 found, removed: 1 by the period, 1 by --months, 1 by --max-cloud 60"
+    with pytest.raises(NoItemsError, match=message):
+        search(BOX, "2023", stac=path, months=(1, 2))
+
+
+def test_item_files_come_in_several_shapes(tmp_path):
+    one = item("a", "2023-01-10", BOX, {"blue": "scenes/blue.tif"})
+    path = tmp_path / "items.json"
+    for content in (one, [one], {"type": "FeatureCollection", "features": [one]}):
+        path.write_text(json.dumps(content))
+        found = search(BOX, "2023", stac=path)
+        assert found[0]["assets"]["blue"]["href"] == str(tmp_path / "scenes" / "blue.tif")
+    path.write_text(json.dumps({"features": [{"id": "x"}]}))
+    with pytest.raises(CatalogueError, match="is not a STAC ItemCollection"):
+        search(BOX, "2023", stac=path)
+
+
+def test_newest_baseline_wins_and_datastrips_stay():
+    code = {"s2:datatake_id": "GS2A_20230101T100031_042590_N02.14", "grid:code": "MGRS-20NMM"}
+    old = item("S2A_20NMM_20230101_0_L2A", "2023-01-01", BOX, HREFS, **code, **{"s2:processing_baseline": "02.14"})
+    late = {"s2:datatake_id": "GS2A_20230101T100031_042590_N05.10", "grid:code": "MGRS-20NMM"}
+    new = item("S2A_20NMM_20230101_1_L2A", "2023-01-01", BOX, HREFS, **late, **{"s2:processing_baseline": "05.10"})
+    strip = item("S2A_20NMM_20230101_2_L2A", "2023-01-01", (-63.05, 6.0, -62.9, 6.5), HREFS, **late)
+    other = item("S2A_20NNM_20230101_0_L2A", "2023-01-01", BOX, HREFS, **{**late, "grid:code": "MGRS-20NNM"})
+    assert acquisition_id(old) == acquisition_id(new)
+    for order in ([old, new, strip, other], [other, strip, new, old]):
+        assert {i["id"] for i in newest(order)} == {new["id"], strip["id"], other["id"]}
+    again = {**new, "id": "S2A_20NMM_20230101_0_L2A", "properties": {**new["properties"], "s2:sequence": "0"}}
+    first = {**new, "properties": {**new["properties"], "s2:sequence": "1"}}
+    assert [i["id"] for i in newest([again, first])] == [first["id"]]
+
+
+def test_choice_is_bounded_spread_over_months_and_independent_of_order():
+    items = [
+        item(f"i{month:02}{day:02}", f"2023-{month:02}-{day:02}", BOX, HREFS, **{"eo:cloud_cover": day + month / 10})
+        for month in range(1, 7)
+        for day in (3, 13, 23)
+    ]
+    cell = (21, 33)
+    chosen = Scenes(items, 6).choose(32620, cell)
+    assert [a.items[0]["id"] for a in chosen] == [f"i{m:02}03" for m in range(1, 7)]
+    again = Scenes(items[::-1], 6).choose(32620, cell)
+    assert [a.id for a in again] == [a.id for a in chosen]
+    assert len(Scenes(items, 8).choose(32620, cell)) == 8
+    assert Scenes(items, 8).choose(32620, (40, 400)) == []
+
+
+def test_real_items_at_the_antimeridian_are_found_from_both_sides(shared, tmp_path):
+    items = [json.loads(p.read_text()) for p in (shared / "antimeridian_items").glob("*.json")]
+    path = item_file(tmp_path / "items.json", items)
+    found = search((179.0, 66.7, -177.0, 67.5), "2023-06", stac=path, max_cloud=100)
+    assert len(found) >= 3
+    scenes = Scenes(found, 24)
+    from minemap.grid import grids
+
+    seen = {}
+    for grid in grids((179.0, 66.7, -177.0, 67.5)):
+        seen[grid.epsg] = sum(bool(scenes.choose(grid.epsg, tile.cell)) for tile in grid.tiles(2048))
+    assert set(seen) == {32660, 32601} and seen[32601] > 0
+
+
+def test_offsets_are_decided_per_item():
+    def decide(**properties):
+        return scaling(item("x", "2023-01-01", BOX, HREFS, **properties))
+
+    applied = decide(**{"earthsearch:boa_offset_applied": True, "s2:processing_baseline": "05.09"})
+    assert applied.offset == 0 and "boa_offset_applied" in applied.reason
+    not_applied = decide(**{"earthsearch:boa_offset_applied": False, "s2:processing_baseline": "05.09"})
+    assert not_applied.offset == OFFSET
+    assert decide(**{"s2:processing_baseline": "04.00"}).offset == OFFSET
+    assert decide(**{"processing:version": "05.11"}).offset == OFFSET
+    assert decide(**{"s2:processing_baseline": "02.14"}).offset == 0
+    assert decide().offset == 0 and "nothing stated" in decide().reason
+    named = item("S2A_MSIL2A_20230818T100031_N0509_R122_T33TWL_20230818T143300", "2023-08-18", BOX, HREFS)
+    assert baseline(named) == 5.09
+
+
+def test_pixels_can_contradict_the_offset():
+    import numpy as np
+
+    decided = scaling(item("x", "2023-01-01", BOX, HREFS, **{"s2:processing_baseline": "05.09"}))
+    rng = np.random.default_rng(0)
+    with_offset = rng.normal(1300, 60, 5000).astype(np.uint16)
+    assert not contradicts(decided, with_offset)
+    assert contradicts(decided, with_offset - np.uint16(1000))
+    assert not contradicts(decided, np.zeros(10, np.uint16))
+
+
+def test_bands_under_every_catalogue_name():
+    for names in (("blue", "swir16"), ("B02", "B11"), ("B02_10m", "B11_20m")):
+        found = item("x", "2023-01-01", BOX, dict.fromkeys(names, "/x.tif"))
+        assert (asset_key(found, "blue"), asset_key(found, "swir16"), asset_key(found, "scl")) == (*names, None)
+    odd = item("x", "2023-01-01", BOX, {"band2": "/x.tif", "all": "/y.tif"})
+    odd["assets"]["band2"]["eo:bands"] = [{"common_name": "blue"}]
+    odd["assets"]["all"]["eo:bands"] = [{"common_name": "blue"}, {"common_name": "red"}]
+    assert asset_key(odd, "blue") == "band2" and asset_key(odd, "red") is None

@@ -1,0 +1,256 @@
+"""The loop: it learns, it resumes bit for bit, the teacher stays what it was, every variant runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from minemap.checkpoint import load_model
+from minemap.errors import InputError
+from minemap.sentinel2 import BANDS
+from minemap.training import commands, continual
+from minemap.training.chips import load_chips
+from minemap.training.config import TrainConfig, make_config, read_config
+from minemap.training.evaluate import MARGIN, evaluate, padding, predict_chips
+from minemap.training.loop import STATE, load_sets, make_recipe, rate, start_network, train
+
+TINY = {"epochs": 2, "batch": 4, "sizes": [32], "precision": "fp32", "threads": 1, "learning_rate": 1e-3}
+
+
+@pytest.fixture(scope="module")
+def chips(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Twelve places of 24 px whose bright patches are the mines, a block each."""
+    folder = tmp_path_factory.mktemp("chips")
+    rng = np.random.default_rng(0)
+    mask = np.kron(rng.integers(0, 2, (12, 3, 3)), np.ones((8, 8), int))
+    image = 500 + 2500 * mask[:, None] + rng.integers(0, 300, (12, 6, 24, 24))
+    np.savez(folder / "chips.npz", image=image.astype(np.int16), mask=mask.astype(np.uint8), bands=np.array(BANDS))
+    rows = [f"p{i},b{i},train,{'odd' if i % 2 else 'even'}" for i in range(12)]
+    (folder / "chips.csv").write_text("\n".join(["id,block,split,kind", *rows]) + "\n")
+    return str(folder / "chips.npz")
+
+
+@pytest.fixture(scope="module")
+def teacher(chips: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    out = tmp_path_factory.mktemp("teacher")
+    return str(train(make_config({**TINY, "out": str(out), "data": [chips], "architecture": "fpn"})).path)
+
+
+def _config(chips: str, out: Path, **changes: object) -> TrainConfig:
+    return make_config({**TINY, "out": str(out), "data": [chips], **changes})
+
+
+def test_it_learns(chips: str, tmp_path: Path) -> None:
+    config = _config(chips, tmp_path, architecture="fpn", epochs=8, warmup=1, affine=0.0)
+    checkpoint = train(config)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
+    assert evaluate(checkpoint, load_chips(chips), threshold=0.5)["accuracy"] > 70  # half the pixels are mine
+    assert checkpoint.recipe.metrics["holdout"]["images"] == 2
+    assert 0 < checkpoint.recipe.threshold < 1
+
+
+def test_student_keeps_its_teacher_bit_for_bit(chips: str, teacher: str, tmp_path: Path) -> None:
+    train(_config(chips, tmp_path, teacher=teacher, ema=0.5))
+    state = torch.load(tmp_path / STATE, weights_only=True)
+    for key, value in load_model(teacher).network().encoder.state_dict().items():
+        assert torch.equal(state["network"][f"teacher_encoder.{key}"], value)
+        assert torch.equal(state["averaged"][f"module.teacher_encoder.{key}"], value)
+
+
+@pytest.mark.parametrize("selection", ["none", "standard", "image", "pixel", "hybrid"])
+def test_every_selection_runs(chips: str, teacher: str, tmp_path: Path, selection: str) -> None:
+    train(_config(chips, tmp_path, teacher=teacher, selection=selection, epochs=1, epoch_samples=4))
+
+
+@pytest.mark.parametrize("name", sorted(commands.BASELINES))
+def test_every_baseline_runs(chips: str, teacher: str, tmp_path: Path, name: str) -> None:
+    needs = name in commands.NEED_TEACHER
+    options = {"epochs": 1, "epoch_samples": 4, "rows": "fine", "fine_share": 0.5}
+    checkpoint = train(
+        _config(chips, tmp_path, teacher=teacher if needs else None, **{**commands.BASELINES[name], **options})
+    )
+    assert checkpoint.network()(torch.zeros(1, 6, 64, 64)).shape == (1, 1, 64, 64)
+
+
+def test_ndvi_and_few_bands_train(chips: str, tmp_path: Path) -> None:
+    options = {"bands": ["blue", "green", "red", "nir"], "derived": ["ndvi"], "architecture": "fpn", "epochs": 1}
+    checkpoint = train(_config(chips, tmp_path, **options))
+    assert checkpoint.recipe.options["in_channels"] == 5
+    assert evaluate(checkpoint, load_chips(chips))["images"] == 12
+
+
+RUN = "import sys, json; from minemap.training.config import make_config; from minemap.training.loop import train; "
+RUN += "train(make_config(json.loads(sys.argv[1])))"
+
+
+def test_killed_and_resumed_equals_never_killed(chips: str, teacher: str, tmp_path: Path) -> None:
+    options = {"epochs": 4, "warmup": 1, "ema": 0.9, "blend": 0.5, "jitter": 0.2, "teacher": teacher}
+    whole = train(_config(chips, tmp_path / "whole", **options))
+    values = {**TINY, **options, "out": str(tmp_path / "killed"), "data": [chips]}
+    command = [sys.executable, "-c", RUN, json.dumps(values)]
+    process = subprocess.Popen(command)
+    log = tmp_path / "killed" / "metrics.jsonl"
+    while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) >= 1):
+        time.sleep(0.02)
+    time.sleep(np.random.default_rng().uniform(0, 0.5))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    subprocess.run(command, check=True)
+    assert log.read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
+    killed = load_model(tmp_path / "killed" / "model")
+    ours, theirs = (load_file(c.path / "weights.safetensors") for c in (killed, whole))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    states = [torch.load(tmp_path / run / STATE, weights_only=True)["network"] for run in ("killed", "whole")]
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[1])
+
+
+def test_another_configuration_is_refused(chips: str, tmp_path: Path) -> None:
+    config = _config(chips, tmp_path, architecture="fpn", epochs=1, epoch_samples=4)
+    train(config)
+    with pytest.raises(InputError, match="another configuration"):
+        train(replace(config, seed=1))
+
+
+def test_few_fine_rows_and_the_rest_are_apart(chips: str) -> None:
+    options = {"data": (chips,), "fine_share": 0.5, "holdout": 0.0, "out": ""}
+    fine, rest = (load_sets(TrainConfig(rows=r, **options))[0][0] for r in ("fine", "rest"))
+    assert len(fine) == len(rest) == 6
+    assert not set(fine.column("id")) & set(rest.column("id"))
+
+
+def test_coarse_labels_are_used(chips: str) -> None:
+    options = {"data": (chips,), "holdout": 0.0, "out": ""}
+    fine, coarse = (load_sets(TrainConfig(coarse=c, **options))[0][0] for c in ("none", "blobs"))
+    assert (coarse.mask == 1).sum() > (fine.mask == 1).sum()
+
+
+def test_rate_warms_up_then_follows_its_schedule() -> None:
+    config = TrainConfig(out="", warmup=5, epochs=25, schedule="cosine")
+    assert rate(config, 1.0, 2.5) == pytest.approx(0.5, abs=1e-3)
+    assert rate(config, 1.0, 15) == pytest.approx(0.5)
+    assert rate(config, 1.0, 25) == pytest.approx(0.0)
+    assert rate(replace(config, schedule="plateau"), 0.25, 20) == 0.25
+
+
+def test_prediction_puts_pixels_back_where_they_were(chips: str) -> None:
+    """A network that returns its first channel must give the chip's own blue band back."""
+    config = TrainConfig(out="")
+    recipe, some = make_recipe(config), load_chips(chips)
+    blue = torch.nn.Conv2d(6, 1, 1, bias=False)
+    blue.weight.data = torch.eye(6)[:1, :, None, None]
+    answer = predict_chips(blue, recipe, some)
+    expected = 1 / (1 + np.exp(-recipe.normalise(some.image)[:, 0]))
+    assert np.allclose(answer, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("size", "total"), [(48, 96), (448, 512), (24, 96), (32, 96), (50, 128)])
+def test_padding(size: int, total: int) -> None:
+    before, after = padding(size, 32, MARGIN)
+    assert before + size + after == total
+    assert min(before, after) >= MARGIN
+
+
+def test_attention_map_against_autograd_by_hand(teacher: str) -> None:
+    network, image = load_model(teacher).network(), torch.randn(1, 6, 64, 64)
+    heat = continual.attention_map(network, image, differentiable=False)
+    deepest = network.encoder(image)[-1]
+    others = network.encoder(image)[:-1]
+    total = lambda f: float(network.segmentation_head(network.decoder([*others, f])).sum())  # noqa: E731
+    weights = torch.zeros(deepest.shape[1])
+    for c in range(0, deepest.shape[1], 128):  # central differences on a few channels
+        step = torch.zeros_like(deepest)
+        step[0, c] = 1e-2
+        weights[c] = (total(deepest + step) - total(deepest - step)) / 2e-2 / deepest[0, 0].numel()
+    image.requires_grad_(False)
+    leaf = deepest.detach().requires_grad_()
+    network.segmentation_head(network.decoder([*others, leaf])).sum().backward()
+    exact = leaf.grad.mean((2, 3))[0]
+    assert torch.allclose(weights[::128], exact[::128], rtol=0.1, atol=1e-2)
+    expected = (exact[None, :, None, None] * deepest).sum(1).relu().flatten(1)
+    assert torch.allclose(heat, expected / (expected.norm() + 1e-6), atol=1e-4)
+
+
+def _arguments(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    commands.add_train_arguments(parser)
+    return parser.parse_args(words)
+
+
+def test_train_arguments(tmp_path: Path) -> None:
+    words = ["--chips", "a.npz", "b.npz", "--out", "o"]
+    student = commands.train_config(
+        _arguments("student", *words, "--teacher", "t", "--set", "epochs=3", "bands=red,nir")
+    )
+    assert (student.architecture, student.epochs, student.bands) == ("minec2fnet", 3, ("red", "nir"))
+    assert student.data == ("a.npz", "b.npz")
+    teacher = commands.train_config(_arguments("teacher", *words))
+    assert (teacher.architecture, teacher.coarse, teacher.dice) == ("fpn", "blobs", 0.0)
+    (tmp_path / "c.json").write_text('{"batch": 5}')
+    assert commands.train_config(_arguments("baseline", *words, "--config", str(tmp_path / "c.json"))).batch == 5
+
+
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        (["student"], "needs --teacher"),
+        (["baseline", "--name", "lwf"], "needs --teacher"),
+        (["teacher", "--set", "epochs"], "KEY=VALUE"),
+        (["teacher", "--set", "surprise=1"], "KEY=VALUE"),
+        (["teacher", "--set", "schedule=steps"], "not possible"),
+        (["teacher", "--config", "absent.json"], "cannot be read"),
+    ],
+)
+def test_impossible_arguments(words: list[str], match: str) -> None:
+    with pytest.raises(InputError, match=match):
+        commands.train_config(_arguments(words[0], "--chips", "a.npz", "--out", "o", *words[1:]))
+
+
+def test_unknown_options_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "c.json").write_text('{"surprise": 1}')
+    with pytest.raises(InputError, match="surprise"):
+        read_config(tmp_path / "c.json", out="o")
+
+
+def test_evaluate_command_prints_json(chips: str, teacher: str, capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    commands.add_evaluate_arguments(parser)
+    args = ["--chips", chips, "--model", teacher]
+    commands.run_evaluate(parser.parse_args([*args, "--json", "--by", "kind"]))
+    found = json.loads(capsys.readouterr().out)
+    assert {"accuracy", "mf1", "miou", "mine_iou"} <= set(found)
+    assert set(found["by"]) == {"odd", "even"}
+    commands.run_evaluate(parser.parse_args([*args, "--bands", "red,green,blue"]))
+    assert "miou" in capsys.readouterr().out
+    with pytest.raises(InputError, match="between 0 and 1"):
+        commands.run_evaluate(parser.parse_args([*args, "--threshold", "7"]))
+
+
+def test_commands_import_no_torch() -> None:
+    code = "import sys, minemap.training.commands; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_start_network_from_its_teacher(teacher: str) -> None:
+    config = TrainConfig(out="", architecture="minec2fnet", teacher=teacher)
+    source = load_model(teacher).network()
+    student = start_network(config, make_recipe(config), source).eval()
+    x = torch.randn(1, 6, 64, 64)
+    with torch.no_grad():
+        assert torch.allclose(student(x), source(x), atol=1e-5)
+
+
+def test_state_is_never_half_written(chips: str, tmp_path: Path) -> None:
+    train(_config(chips, tmp_path, architecture="fpn", epochs=1, epoch_samples=4))
+    assert not list(tmp_path.glob(".*"))
