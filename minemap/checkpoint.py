@@ -141,9 +141,7 @@ def _find(name_or_path: str | Path) -> Path:
     if path.is_file() and path.name in (WEIGHTS, RECIPE, SUMS):
         return path.parent.resolve()
     known = ", ".join(available()) or "none"
-    raise CheckpointError(
-        f"no model {str(name_or_path)!r}: give a folder with a checkpoint or one of: {known}"
-    )
+    raise CheckpointError(f"no model {str(name_or_path)!r}: give a folder with a checkpoint or one of: {known}")
 
 
 def verify(folder: Path) -> str:
@@ -151,9 +149,7 @@ def verify(folder: Path) -> str:
     stored = _read(folder / SUMS)
     for name in (WEIGHTS, RECIPE):
         if _line(folder / name).encode() not in stored.splitlines(keepends=True):
-            raise CheckpointError(
-                f"{folder / name} does not match {SUMS}: the model is damaged, fetch it again"
-            )
+            raise CheckpointError(f"{folder / name} does not match {SUMS}: the model is damaged, fetch it again")
     expected = checksums(folder)
     if stored != expected.encode():
         raise CheckpointError(f"{folder / SUMS} is not a checksum file of this model: fetch the model again")
@@ -178,9 +174,7 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise CheckpointError(
-            f"{path} cannot be read ({error.strerror}): not a complete checkpoint"
-        ) from error
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}): not a complete checkpoint") from error
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -219,7 +213,8 @@ def save(folder: str | Path, network: torch.nn.Module, recipe: Recipe) -> Checkp
 def _replace(draft: Path, folder: Path) -> None:
     for kept in folder.glob("*.md"):  # the card, written by hand
         shutil.copy2(kept, draft)
-    draft.chmod(0o755)
+    draft.chmod(0o755)  # mkdtemp gives it to its owner only, safetensors the file
+    (draft / WEIGHTS).chmod(0o644)
     shutil.rmtree(folder, ignore_errors=True)
     draft.rename(folder)
 
@@ -237,9 +232,7 @@ def _build(recipe: Recipe) -> torch.nn.Module:
     try:
         return models.build(recipe.architecture, **recipe.options)
     except (TypeError, ValueError, KeyError, InputError) as error:
-        raise CheckpointError(
-            f"recipe of {recipe.name!r} describes no network we can build: {error}"
-        ) from error
+        raise CheckpointError(f"recipe of {recipe.name!r} describes no network we can build: {error}") from error
 
 
 def _load_weights(network: torch.nn.Module, path: Path) -> None:

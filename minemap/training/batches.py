@@ -7,6 +7,7 @@ are reflected or absent, both of which occur in maps; their mask is 255 in eithe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,10 +36,15 @@ class Window:
     inside: NDArray[np.bool_]
 
 
-def make_batch(sets: list[Chips], config: TrainConfig, recipe: Recipe, step: int) -> tuple[Tensor, Tensor]:
-    """The batch of one step: float32 (N, C, S, S), normalised, and uint8 mask (N, 1, S, S)."""
+def make_batch(
+    sets: list[Chips], config: TrainConfig, recipe: Recipe, step: int, replay: Sequence[Chips] = ()
+) -> tuple[Tensor, Tensor]:
+    """The batch of one step: float32 (N, C, S, S), normalised, and uint8 mask (N, 1, S, S).
+
+    With `replay`, that share (config.replay) of the batches comes from those sets instead.
+    """
     rng = np.random.default_rng((config.seed, step))
-    windows = _draw(sets, config, rng)
+    windows = _draw(list(replay) if replay and rng.random() < config.replay else sets, config, rng)
     image = torch.from_numpy(np.stack([w.image for w in windows]))
     mask, inside = (np.stack([getattr(w, k) for w in windows]) for k in ("mask", "inside"))
     warped, mask, inside = _affine(image, mask, inside, config, rng)
@@ -52,14 +58,23 @@ def make_batch(sets: list[Chips], config: TrainConfig, recipe: Recipe, step: int
 
 
 def _draw(sets: list[Chips], config: TrainConfig, rng: Generator) -> list[Window]:
-    """The windows of a batch: all small, or all large with fewer of them for the same number of pixels."""
-    small = [s for s in sets if s.image.shape[-1] < config.large]
-    large = [s for s in sets if s.image.shape[-1] >= config.large]
-    if small and rng.random() >= config.large_share:
-        return [_from_chip(small, config.small, config, rng) for _ in range(config.batch)]
-    count = max(2, round(config.batch * (config.small / config.large) ** 2))
-    scattered = [bool(small) and (not large or rng.random() < 0.5) for _ in range(count)]
-    return [_scatter(small, config, rng) if s else _from_chip(large, config.large, config, rng) for s in scattered]
+    """The windows of a batch, all of one size, fewer of the larger ones for the same number of pixels."""
+    size = int(rng.choice(config.sizes))
+    count = max(2, round(config.batch * (config.sizes[0] / size) ** 2))
+    large = [s for s in sets if s.image.shape[-1] > config.scene]
+    small = [s for s in sets if s.image.shape[-1] <= config.scene] or large
+    if size < config.scene:
+        return [_from_chip(small, size, config, rng) for _ in range(count)]
+    return [_scene(small, large, size, config, rng) for _ in range(count)]
+
+
+def _scene(small: list[Chips], large: list[Chips], size: int, config: TrainConfig, rng: Generator) -> Window:
+    """A large window: cut from a large chip, or several small chips, or a single one."""
+    if large and rng.random() < config.crops:
+        return _from_chip(large, size, config, rng)
+    if rng.random() < config.scatter:
+        return _scatter(small, size, config, rng)
+    return _from_chip(small, size, config, rng)
 
 
 def _from_chip(sets: list[Chips], size: int, config: TrainConfig, rng: Generator) -> Window:
@@ -105,10 +120,10 @@ def place(image: NDArray[np.float32], mask: NDArray[np.uint8], size: int, rng: G
     return Window(image, np.pad(mask, pads, constant_values=IGNORE), inside)
 
 
-def _scatter(sets: list[Chips], config: TrainConfig, rng: Generator) -> Window:
+def _scatter(sets: list[Chips], size: int, config: TrainConfig, rng: Generator) -> Window:
     """Small chips on a grid of cells, some cells empty: a large window of which little was observed."""
-    n, filled = config.large // config.small, rng.uniform(0.1, 1.0)
-    cells = [_from_chip(sets, config.small, config, rng) for _ in range(n * n)]
+    n, filled = 2, rng.uniform(0.1, 1.0)
+    cells = [_from_chip(sets, size // n, config, rng) for _ in range(n * n)]
     keep = rng.random(n * n) < filled
     keep[rng.integers(n * n)] = True
     cells = [cell if k else _empty(cell) for cell, k in zip(cells, keep, strict=True)]

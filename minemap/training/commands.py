@@ -26,7 +26,7 @@ BASELINES: dict[str, dict[str, Any]] = {
 NEED_TEACHER = ("finetune", "lwf", "lwm", "replay")
 TEACHER: dict[str, Any] = {
     "architecture": "fpn",
-    "coarse": True,
+    "coarse": "blobs",
     "dice": 0.0,
     "ssim": 0.0,
     "boundary": 0.0,

@@ -25,15 +25,17 @@ class TrainConfig:
     split: str | None = "train"  # rows of the chip files that are used
     holdout: float = 0.2  # share of them, by block, that chooses epochs and thresholds
     holdout_seed: int = 0
-    fine_share: float = 1.0  # share of the rows, by block, that training may use (the few-fine regime)
+    rows: str = "all"  # "fine": a drawn share of the blocks (the few-fine regime); "rest": the others
+    fine_share: float = 0.15
     fine_seed: int = 0
-    coarse: bool = False  # coarsen the labels (training/coarse.py)
+    coarse: str = "none"  # make the labels coarse: "fitted" or "blobs" (training/coarse.py)
     bands: tuple[str, ...] = BANDS
     derived: tuple[str, ...] = ()  # "ndvi"
 
     architecture: str = "minec2fnet"
     imagenet: bool = False
     teacher: str | None = None  # checkpoint that the student starts from and learns from
+    start: str | None = None  # checkpoint of the same network that training goes on from
     fresh: bool = False  # student from random weights; only the frozen encoder is the teacher's
     gated_fusion: bool = True
     cbam: bool = True
@@ -49,7 +51,7 @@ class TrainConfig:
     distill: float = 1.0  # lambda; not given in the paper
     temperature: float = 2.0  # tau; not given in the paper
     attention: float = 0.0  # weight of LwM's attention distillation
-    replay: float = 0.0  # share of coarse samples in every batch
+    replay: float = 0.0  # share of samples that come from the rest, with coarse labels
 
     epochs: int = 100
     epoch_samples: int = 0  # samples an epoch; 0 is one pass
@@ -62,10 +64,12 @@ class TrainConfig:
     stop: int = 10  # epochs without a better one until training stops; 0 never
     ema: float = 0.0  # decay of the running average of the weights, 0 off
     clip: float = 1.0  # norm of the gradient
+    freeze_norm: bool = False  # keep the batch norms' statistics: batches of few large windows would spoil them
 
-    small: int = 64  # side of the windows of small chips, pixels
-    large: int = 192  # side of the windows of large chips and of scattered small ones
-    large_share: float = 0.0  # share of batches with large windows
+    sizes: tuple[int, ...] = (64,)  # sides of the windows, one drawn for each batch; `batch` holds for the first
+    scene: int = 128  # side from which a window may be cut from a large chip or show several small ones
+    crops: float = 0.5  # of such windows, the share cut from large chips
+    scatter: float = 0.2  # and of the others, the share that shows several small chips
     affine: float = 0.5  # probability of shift 0.1, scale 0.3, rotation 15 degrees
     absent: float = 0.3  # probability that what lies outside a chip is absent, not reflected
     holes: float = 0.1  # probability of a rectangle that is absent
@@ -83,6 +87,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         checks = {
+            "rows": self.rows in ("all", "fine", "rest"),
+            "coarse": self.coarse in ("none", "fitted", "blobs"),
+            "selection": self.selection in ("none", "standard", "image", "pixel", "hybrid"),
             "schedule": self.schedule in ("plateau", "cosine"),
             "precision": self.precision in ("bf16", "fp32"),
             "bands": bool(self.bands) and set(self.bands) <= set(BANDS),

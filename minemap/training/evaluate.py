@@ -14,7 +14,7 @@ from minemap.sentinel2 import BANDS
 from minemap.training import metrics
 from minemap.training.chips import Chips
 
-MARGIN = 8  # pixels of reflection at least, on each side of a chip
+MARGIN = 24  # pixels of reflection at least, on each side of a chip
 PIXELS = 2**17  # of one batch
 
 

@@ -24,11 +24,14 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from minemap import models
 from minemap.checkpoint import Checkpoint, Recipe, load_model, save
 from minemap.errors import InputError
+from minemap.models.fill import fill_absent
 from minemap.models.minec2fnet import MineC2FNet, teacher_network
 from minemap.training import metrics
 from minemap.training.batches import make_batch
 from minemap.training.chips import Chips, check_leakage, draw_blocks, load_chips
+from minemap.training.coarse import COARSENINGS, coarsen_chips
 from minemap.training.config import TrainConfig, as_json
+from minemap.training.continual import attention_loss, select_replay
 from minemap.training.evaluate import predict_chips
 from minemap.training.losses import LossWeights, distillation_loss, student_loss
 
@@ -55,6 +58,7 @@ def train(config: TrainConfig) -> Checkpoint:
     recipe = make_recipe(config)
     teacher = _teacher(config)
     network = _move(start_network(config, recipe, teacher), config)
+    replay = load_replay(config, teacher, recipe)
     averaged = _averaged(network, config)
     optimiser = torch.optim.AdamW(
         [p for p in network.parameters() if p.requires_grad],
@@ -67,12 +71,12 @@ def train(config: TrainConfig) -> Checkpoint:
     while state["epoch"] < config.epochs and not (config.stop and _age(state) > config.stop):
         # One epoch
         epoch, losses = int(state["epoch"]), []
-        network.train()
+        _set_training(network, config)
         for step in track(range(epoch * steps, (epoch + 1) * steps), f"epoch {epoch}", disable=config.quiet):
             torch.manual_seed(config.seed * 1_000_003 + step)
             for group in optimiser.param_groups:
                 group["lr"] = config.learning_rate * rate(config, state["factor"], step / steps)
-            image, target = (t.to(config.device) for t in make_batch(sets, config, recipe, step))
+            image, target = (t.to(config.device) for t in make_batch(sets, config, recipe, step, replay))
             loss = step_loss(network, teacher, image, target, config)
             optimiser.zero_grad()
             loss.backward()
@@ -115,22 +119,33 @@ def finish(checkpoint: Checkpoint, holdout: list[Chips], config: TrainConfig) ->
 def load_sets(config: TrainConfig) -> tuple[list[Chips], list[Chips]]:
     """Training and holdout rows of every chip file, by block, leakage checked."""
     if not config.data:
-        raise InputError("no chip files: give at least one with --data")
-    training, holdout = [], []
-    for path in config.data:
-        chips = load_chips(path).split(config.split).decided()
-        if config.fine_share < 1:
-            chips = chips.where(draw_blocks(chips, config.fine_share, config.fine_seed))
-        held = draw_blocks(chips, config.holdout, config.holdout_seed) if config.holdout else _none(chips)
-        training.append(chips.where(~held))
-        holdout.append(chips.where(held))
-        if config.holdout:
-            check_leakage(training[-1], holdout[-1])
+        raise InputError("no chip files: give at least one with --chips")
+    pairs = [_hold_out(_rows(path, config, config.rows, config.coarse), config) for path in config.data]
+    return [training for training, _ in pairs], [holdout for _, holdout in pairs]
+
+
+def load_replay(config: TrainConfig, teacher: nn.Module | None, recipe: Recipe) -> list[Chips]:
+    """Coarse chips outside the fine blocks that replay draws from."""
+    if not config.replay or teacher is None:
+        return []
+    rest = [_rows(path, config, "rest", "blobs") for path in config.data]
+    return [select_replay(chips, teacher, recipe) for chips in rest]
+
+
+def _rows(path: str, config: TrainConfig, rows: str, coarse: str) -> Chips:
+    chips = load_chips(path).split(config.split).decided()
+    if rows != "all":
+        chips = chips.where(draw_blocks(chips, config.fine_share, config.fine_seed) == (rows == "fine"))
+    return chips if coarse == "none" else coarsen_chips(chips, COARSENINGS[coarse])
+
+
+def _hold_out(chips: Chips, config: TrainConfig) -> tuple[Chips, Chips]:
+    if not config.holdout:
+        return chips, chips.where(np.zeros(len(chips), bool))
+    held = draw_blocks(chips, config.holdout, config.holdout_seed)
+    training, holdout = chips.where(~held), chips.where(held)
+    check_leakage(training, holdout)
     return training, holdout
-
-
-def _none(chips: Chips) -> np.ndarray:
-    return np.zeros(len(chips), bool)
 
 
 def make_recipe(config: TrainConfig) -> Recipe:
@@ -145,9 +160,15 @@ def make_recipe(config: TrainConfig) -> Recipe:
         mean=tuple(MEAN[n] for n in names),
         std=tuple(STD[n] for n in names),
         threshold=0.5,
-        training={k: v for k, v in as_json(config).items() if k not in ("out", "data", "teacher")}
-        | {"data": [Path(p).parent.name for p in config.data], "teacher": config.teacher is not None},
+        training=_history(config),
     )
+
+
+def _history(config: TrainConfig) -> dict[str, Any]:
+    """The configuration, with the names of the data for their paths and the histories of what it builds on."""
+    values = {k: v for k, v in as_json(config).items() if k not in ("out", "quiet", "threads")}
+    before = {k: load_model(values[k]).recipe.training for k in ("teacher", "start") if values[k]}
+    return values | {"data": [Path(p).parent.name for p in config.data]} | before
 
 
 def network_options(config: TrainConfig) -> dict[str, Any]:
@@ -164,7 +185,9 @@ def start_network(config: TrainConfig, recipe: Recipe, teacher: nn.Module | None
     if config.imagenet and config.architecture != "minec2fnet":
         options["encoder_weights"] = "imagenet"
     network = models.build(config.architecture, **options)
-    if isinstance(network, MineC2FNet):
+    if config.start is not None:
+        network.load_state_dict(load_model(config.start).network().state_dict())
+    elif isinstance(network, MineC2FNet):
         start = teacher or teacher_network(options["in_channels"], imagenet=config.imagenet)
         network.start_from(start, fresh=config.fresh)
     elif teacher is not None:
@@ -186,23 +209,36 @@ def _move(network: nn.Module, config: TrainConfig) -> nn.Module:
 
 
 def step_loss(network: nn.Module, teacher: Any, image: Tensor, target: Tensor, config: TrainConfig) -> Tensor:
-    """L_student + lambda L_distill of one batch."""
+    """L_student + lambda L_distill of one batch (and, for LwM, the attention's)."""
     image = image.contiguous(memory_format=torch.channels_last)
-    features, theirs = None, None
+    image = fill_absent(image) if isinstance(network, MineC2FNet) else image
+    features, theirs, attention = None, None, None
     with torch.autocast(config.device, torch.bfloat16, enabled=config.precision == "bf16"):
         if teacher is not None and config.selection != "none":
             with torch.no_grad():
                 features = teacher.encoder(image)
                 theirs = teacher.segmentation_head(teacher.decoder(features))
-        shared = isinstance(network, MineC2FNet) and network.teacher_encoder is not None
-        logits = network(image, features) if shared else network(image)
+        logits = network(image, features) if _shares_encoder(network) else network(image)
+        if teacher is not None and config.attention:
+            attention = config.attention * attention_loss(network, teacher, image)
     weights = LossWeights(config.bce, config.dice, config.ssim, config.boundary)
-    loss = student_loss(logits, target, weights, config.smoothing)
-    if theirs is None:
-        return loss
-    return loss + config.distill * distillation_loss(
-        logits.float(), theirs, target, selection=config.selection, temperature=config.temperature
-    )
+    parts = [student_loss(logits, target, weights, config.smoothing), attention]
+    if theirs is not None:
+        selection, temperature = config.selection, config.temperature
+        distilled = distillation_loss(logits, theirs, target, selection=selection, temperature=temperature)
+        parts.append(config.distill * distilled)
+    return torch.stack([part for part in parts if part is not None]).sum()
+
+
+def _set_training(network: nn.Module, config: TrainConfig) -> None:
+    network.train()
+    for module in network.modules():
+        if config.freeze_norm and isinstance(module, nn.BatchNorm2d):
+            module.eval()
+
+
+def _shares_encoder(network: nn.Module) -> bool:
+    return isinstance(network, MineC2FNet) and network.teacher_encoder is not None
 
 
 def rate(config: TrainConfig, factor: float, epoch: float) -> float:
@@ -281,7 +317,7 @@ def _resume(
     optimiser: torch.optim.Optimizer,
 ) -> None:
     if not (out / STATE).exists():
-        return
+        return _trim_log(out, 0)
     stored = torch.load(out / STATE, weights_only=True, map_location=config.device)
     if stored["config"] != _identity(config):
         raise InputError(f"{out} holds a run with another configuration: choose another --out or remove it")
@@ -312,6 +348,8 @@ def _log(out: Path, row: dict[str, float]) -> None:
 
 def _trim_log(out: Path, epoch: int) -> None:
     """Drop log lines of an epoch that was logged but not stored before the kill."""
+    if not (out / LOG).exists():
+        return
     lines = [line for line in (out / LOG).read_text().splitlines() if json.loads(line)["epoch"] < epoch]
     (out / LOG).write_text("".join(f"{line}\n" for line in lines))
 
