@@ -5,6 +5,7 @@ Both backends stand behind `_stack`; whatever is odd about them stays in this mo
 
 from __future__ import annotations
 
+import threading
 import warnings
 from functools import partial
 from typing import Any
@@ -22,6 +23,7 @@ from .scenes import acquisition_id, moment
 from .sentinel2 import BANDS, NODATA, SCALE, SCL, Item, Scaling, asset_key, scaling
 
 READERS = ("stackstac", "odc")
+_PYSTAC = threading.Lock()  # HACK: pystac 1.15 registers its extensions on first use, and not thread-safely
 UNCLASSIFIED = 7  # the SCL class of items that have no SCL: seen, and not known to be cloud
 
 
@@ -181,8 +183,10 @@ def _odc(
         for asset in item["assets"].values():
             access.check(asset["href"])
     odc.stac.configure_rio(cloud_defaults=True, **{k: v for k, v in GDAL_OPTIONS.items() if k != "GDAL_CACHEMAX"})
+    with _PYSTAC:
+        parsed = [pystac.Item.from_dict(item) for item in items]
     loaded = odc.stac.load(
-        [pystac.Item.from_dict(item) for item in items],
+        parsed,
         bands=[band for band in bands if any(band in item["assets"] for item in items)],
         geobox=GeoBox(grid.shape, grid.transform, f"EPSG:{grid.epsg}"),
         groupby="id",

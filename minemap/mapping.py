@@ -26,7 +26,7 @@ from .compositing import Rule, composite_layers
 from .cube import READERS, load_layers
 from .errors import InputError
 from .grid import CHUNK, CHUNKS, WINDOW, BBox, Grid, check_bbox, grids, pixel_area_km2, wanted_windows
-from .inference import Settings, percent, probability
+from .inference import NOT_OBSERVED, Settings, percent, probability
 from .reader import Access, read_overview
 from .scenes import Acquisition, Period, Scenes, Source, parse_months, parse_period, search, search_area, source
 from .sentinel2 import NODATA, OFFSET, SCL, SCL_MASKED, Item, Scaling, asset_key, contradicts, scaling
@@ -341,18 +341,22 @@ def _run(
     *,
     gpu: bool = False,
 ) -> np.ndarray:
-    """One task a super-tile, through xarray.map_blocks; returns COUNTS of each, float64 (tile, count)."""
-    rows = np.array([(w.tile.epsg, w.tile.left, w.tile.top, w.tile.height, *w.windows) for w in work])
-    table = xr.DataArray(da.from_array(rows, chunks=(1, -1)), dims=("tile", "field"))
-    blank = da.zeros((len(work), len(COUNTS)), chunks=(1, -1))
-    template = xr.DataArray(blank, dims=("tile", "count"))
-    resolution = job.checkpoint.recipe.resolution
+    """Makes every super-tile; returns COUNTS of each, float64 (tile, count)."""
     annotations: dict[str, Any] = {"retries": RETRIES, **({"resources": GPU} if gpu else {})}
     with dask.annotate(**annotations):
-        counts = xr.map_blocks(_block, table, [job, resolution], template=template)
+        counts = graph(work, job)
     scheduler: dict[str, Any] = {"scheduler": "threads", "num_workers": TASK_THREADS} if client is None else {}
+    # Annotations are lost when tasks are fused
     with _watched(work, job, progress), dask.config.set({"optimization.fuse.active": False}):
         return counts.compute(**scheduler).values
+
+
+def graph(work: list[Work], job: Job) -> xr.DataArray:
+    """One task a super-tile through xarray.map_blocks: lazy COUNTS of each, float64 (tile, count)."""
+    rows = np.array([(w.tile.epsg, w.tile.left, w.tile.top, w.tile.height, *w.windows) for w in work])
+    table = xr.DataArray(da.from_array(rows, chunks=(1, -1)), dims=("tile", "field"))
+    template = xr.DataArray(da.zeros((len(work), len(COUNTS)), chunks=(1, -1)), dims=("tile", "count"))
+    return xr.map_blocks(_block, table, [job, job.checkpoint.recipe.resolution], template=template)
 
 
 def _block(row: xr.DataArray, job: Job, resolution: float) -> xr.DataArray:
@@ -412,15 +416,15 @@ def make_tile(work: Work, job: Job) -> dict[str, float]:
     layers = {"probability": answer, "observations": observations, "quicklook": quicklook(core, outside, job)}
     if job.keep_composite:
         layers["composite"] = np.where(outside, NODATA, np.nan_to_num(np.rint(core * 1e4))).astype(np.uint16)
-    job.store.write_tile(work.tile, index, {name: _whole(data, work) for name, data in layers.items()})
+    job.store.write_tile(work.tile, index, {name: _whole(name, data, work) for name, data in layers.items()})
     counts = count(answer, work.inner, job)
     job.store.write_record(
         work.tile,
         job.period,
         {
             "windows": work.windows,
-            "observed_px": int((answer != 255).sum()),
-            "mine_px": int((answer[answer != 255] >= mine_from(job.checkpoint)).sum()),
+            "observed_px": int((answer != NOT_OBSERVED).sum()),
+            "mine_px": int((answer[answer != NOT_OBSERVED] >= mine_from(job.checkpoint)).sum()),
             "probability_sum": float(np.nansum(chance, dtype=np.float64)),
             "probability_km2": float(np.nansum(chance * pixel_area_km2(work.inner), dtype=np.float64)),
             "items": items,
@@ -490,17 +494,13 @@ def _valid(inner: Grid, job: Job) -> np.ndarray:
     return own & _inside_aoi(inner, aoi) if aoi.exists() else own
 
 
-def _whole(data: np.ndarray, work: Work) -> np.ndarray:
-    """The windows' data in a full super-tile (or its quicklook), nothing observed elsewhere."""
-    scale = WINDOW if data.shape[-1] == work.inner.width else WINDOW // QUICKLOOK
-    side = work.tile.width * scale // WINDOW
-    missing = 255 if data.dtype == np.uint8 and scale == WINDOW and data.ndim == 2 else 0
-    return _placed(data, (work.windows[0] * scale, work.windows[2] * scale), side, missing)
-
-
-def _placed(data: np.ndarray, corner: tuple[int, int], side: int, missing: int) -> np.ndarray:
-    out = np.full((*data.shape[:-2], side, side), missing, data.dtype)
-    out[..., corner[0] : corner[0] + data.shape[-2], corner[1] : corner[1] + data.shape[-1]] = data
+def _whole(name: str, data: np.ndarray, work: Work) -> np.ndarray:
+    """A layer of the windows in a full super-tile (or its quicklook), nothing observed elsewhere."""
+    step = WINDOW // QUICKLOOK if name == "quicklook" else WINDOW
+    side = work.tile.width * step // WINDOW
+    out = np.full((*data.shape[:-2], side, side), NOT_OBSERVED if name == "probability" else 0, data.dtype)
+    row, column = work.windows[0] * step, work.windows[2] * step
+    out[..., row : row + data.shape[-2], column : column + data.shape[-1]] = data
     return out
 
 
@@ -516,7 +516,7 @@ def count(answer: np.ndarray, inner: Grid, job: Job) -> dict[str, float]:
     if aoi.exists():
         asked &= _inside_aoi(inner, aoi)
     area = pixel_area_km2(inner) * asked
-    observed = answer != 255
+    observed = answer != NOT_OBSERVED
     mine = observed & (answer >= mine_from(job.checkpoint))
     return {
         "km2_total": float(area.sum()),

@@ -41,6 +41,7 @@ from .sentinel2 import Item
 VERSION = 1  # of the layout
 QUICKLOOK = 8  # pixels of the map to one of the quicklook, on each side
 EPOCH = date(1970, 1, 1)
+LAYERS = ("probability", "observations", "quicklook", "composite")
 
 CONVENTIONS = [
     {
@@ -311,8 +312,11 @@ def open_map(path: str | Path, zone: str | None = None) -> xr.Dataset:
     if group not in names:
         raise InputError(f"{path} has no zone {group}: its zones are {', '.join(names)}")
     shards = zarr.open_array(store.path / group / "probability", mode="r").shards or (1, WINDOW, WINDOW)
-    chunks = {"time": 1, "y": shards[-2], "x": shards[-1], "y80": shards[-2] // 8, "x80": shards[-1] // 8}
-    data = xr.open_zarr(store.path, group=group, chunks=chunks)
+    step = QUICKLOOK
+    chunks = {"time": 1, "y": shards[-2], "x": shards[-1], "y80": shards[-2] // step, "x80": shards[-1] // step}
+    data = xr.open_zarr(store.path, group=group, chunks=None)
+    present = [name for name in LAYERS if name in data]
+    data = data.assign({n: data[n].chunk({d: chunks[d] for d in data[n].dims if d in chunks}) for n in present})
     if "composite" in data:
         data = data.assign_coords(band=data["composite"].attrs["bands"])
     return _trimmed(data, store, group, shards[-1]).sortby("time")

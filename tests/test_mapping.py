@@ -11,6 +11,7 @@ import pytest
 import rasterio
 import xarray as xr
 import zarr
+from pyproj import Transformer
 from shapely.geometry import box
 
 import minemap
@@ -49,7 +50,9 @@ def made(inner, options, tmp_path_factory):
 def stored(path, name="probability", zone=None):
     """An array of a map as stored, with its coordinates."""
     zone = zone or Store(path).groups()[0]
-    return xr.open_zarr(path, group=zone, mask_and_scale=False)[name].isel(time=0).load()
+    trimmed = open_map(path, zone)  # a zone-wide store is far too large to load whole
+    data = xr.open_zarr(path, group=zone, mask_and_scale=False)[name].isel(time=0)
+    return data.sel(y=trimmed["y"], x=trimmed["x"]).load()
 
 
 def overlap(one, other):
@@ -85,11 +88,11 @@ def test_areas_of_the_summary_are_those_of_the_pixels(made, inner):
     grid = Store(path).grid("utm32620")
     asked, area = grid.inside(inner), pixel_area_km2(grid)
     percent = stored(path).values
-    assert summary["km2_total"] == pytest.approx(area[asked].sum(), rel=1e-6)
-    assert summary["km2_observed"] == pytest.approx(area[asked & (percent != 255)].sum(), rel=1e-6)
+    assert summary["km2_total"] == pytest.approx(area[asked].sum(), abs=1e-3)
+    assert summary["km2_observed"] == pytest.approx(area[asked & (percent != 255)].sum(), abs=1e-3)
     mine = asked & (percent != 255) & (percent >= 50)
-    assert summary["km2_mine"] == pytest.approx(area[mine].sum(), rel=1e-6)
-    assert summary["km2_observed"] / summary["km2_total"] > 0.95
+    assert summary["km2_mine"] == pytest.approx(area[mine].sum(), abs=1e-3)
+    assert summary["km2_observed"] / summary["km2_total"] > 0.8
 
 
 def test_the_map_is_the_steps_one_by_one(made, inner, scene, model):
@@ -120,7 +123,7 @@ def test_another_box_and_another_chunk_give_the_same_pixels(made, scene, options
     map_area(shifted, "2023", other, **{**options, "chunk": 2048})
     for name in ("probability", "observations"):
         one, two = overlap(stored(path, name), stored(other, name))
-        both = (overlap(stored(path, "observations"), stored(other, "observations")))
+        both = overlap(stored(path, "observations"), stored(other, "observations"))
         computed = (both[0] > 0) & (both[1] > 0)
         assert computed.sum() > 20_000
         np.testing.assert_array_equal(one[computed], two[computed])
@@ -169,7 +172,7 @@ def test_years_and_areas_merge_into_a_zone_store(scene, options, model, tmp_path
     assert [str(t)[:10] for t in data["time_bounds"].values[:, 1]] == ["2023-12-31", "2023-06-30"]
     once = tmp_path / "once.zarr"
     map_area(scene.bbox, "2023", once, **{**options, "min_clear": 1})
-    one, two = overlap(stored(out).load(), stored(once))
+    one, two = overlap(stored(out), stored(once))
     computed = two != 255
     np.testing.assert_array_equal(one[computed], two[computed])
 
@@ -177,7 +180,7 @@ def test_years_and_areas_merge_into_a_zone_store(scene, options, model, tmp_path
 def test_a_bbox_store_refuses_another_area(made, scene, options):
     west, south, east, north = scene.bbox
     with pytest.raises(StoreError, match="covers another area of utm32620"):
-        map_area((west - 1, south, east, north), "2023", made[0], keep_composite=True, **options)
+        map_area((west - 0.06, south, east, north), "2023", made[0], keep_composite=True, **options)
 
 
 def test_two_runs_on_one_store(made, inner, options):
@@ -204,7 +207,10 @@ def test_aoi_clips(inner, options, tmp_path):
     summary = map_area(inner, "2023", out, aoi=tmp_path / "aoi.geojson", **options)
     percent = stored(out)
     seen = percent.values != 255
-    assert summary["km2_total"] == pytest.approx(seen.sum() * 1e-4, rel=0.1)
+    assert summary["km2_observed"] == pytest.approx(seen.sum() * 1e-4, rel=0.01)
+    x, y = np.meshgrid(percent["x"], percent["y"])
+    lon, lat = Transformer.from_crs(32620, 4326, always_xy=True).transform(x, y)
+    assert not seen[(lon > area.bounds[2]) | (lat > area.bounds[3])].any()
     geopandas.GeoSeries([box(0, 0, 1, 1)], crs=4326).to_file(tmp_path / "far.geojson")
     with pytest.raises(InputError, match="no place in common"):
         map_area(inner, "2023", tmp_path / "x.zarr", aoi=tmp_path / "far.geojson", **options)

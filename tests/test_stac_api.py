@@ -1,0 +1,99 @@
+"""A real STAC API (rustac) over items whose assets a real HTTP server serves in byte ranges."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from urllib.request import urlopen
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from minemap import map_area
+from minemap.errors import NoItemsError
+from minemap.scenes import search
+
+
+@pytest.fixture
+def api(scene, serve, tmp_path):
+    """The address of a STAC API over the synthetic scene."""
+    files = serve(scene.items.parent)
+    catalogue = json.loads(scene.items.read_text())
+    for found in catalogue["features"]:
+        for asset in found["assets"].values():
+            asset["href"] = f"{files}/{asset['href'].removeprefix('./')}"
+    path = tmp_path / "catalogue.json"
+    path.write_text(json.dumps(catalogue))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    program = shutil.which("rustac", path=str(Path(sys.executable).parent)) or "rustac"
+    words = [
+        program,
+        "serve",
+        "--use-duckdb",
+        "false",
+        "--create-collections",
+        "--addr",
+        f"127.0.0.1:{port}",
+        str(path),
+    ]
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        address = f"http://127.0.0.1:{port}"
+        for _ in range(100):
+            try:
+                urlopen(address, timeout=1).close()
+                break
+            except OSError:
+                time.sleep(0.1)
+        yield address
+        server.terminate()
+
+
+def test_map_from_a_stac_api(api, scene, model, minemap, tmp_path):
+    west, south, east, north = scene.bbox
+    bbox = (west + 0.015, south + 0.015, east - 0.015, north - 0.015)
+    out = tmp_path / "map.zarr"
+    box = [f"{n:.6f}" for n in bbox]
+    done = minemap(
+        "map",
+        "--bbox",
+        *box,
+        "--date",
+        "2023",
+        "--stac",
+        api,
+        "--model",
+        model,
+        "--out",
+        out,
+        "--json",
+        "--chunk",
+        512,
+    )
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert summary["km2_observed"] / summary["km2_total"] > 0.9
+    local = tmp_path / "local.zarr"
+    map_area([float(n) for n in box], "2023", local, stac=scene.items, model=model, chunk=512)
+    one, two = (xr.open_zarr(p, group="utm32620", mask_and_scale=False)["probability"].values for p in (out, local))
+    np.testing.assert_array_equal(one, two)
+
+
+def test_search_filters_and_pages(api, scene, monkeypatch):
+    monkeypatch.setattr("minemap.scenes.PAGE", 2)
+    everything = search(scene.bbox, "2023", stac=api, max_cloud=100)
+    assert [i["id"] for i in everything] == [
+        i["id"] for i in search(scene.bbox, "2023", stac=scene.items, max_cloud=100)
+    ]
+    assert all(i["assets"]["blue"]["href"].startswith("http://127.0.0.1") for i in everything)
+    with pytest.raises(NoItemsError, match="0 found"):
+        search((10, 10, 11, 11), "2023", stac=api)
+    with pytest.raises(NoItemsError, match=r"no items in .* collection landsat"):
+        search(scene.bbox, "2023", stac=api, collection="landsat")
