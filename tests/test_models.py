@@ -12,6 +12,7 @@ from minemap.errors import InputError
 from minemap.models.fill import fill_absent
 from minemap.models.minec2fnet import (
     CBAM,
+    DetailHead,
     GatedFusion,
     MineC2FNet,
     Refinement,
@@ -51,13 +52,16 @@ def test_unknown_architecture_names_the_known() -> None:
 
 
 def test_whole_network_is_below_25_million_parameters() -> None:
-    assert sum(p.numel() for p in MineC2FNet().parameters()) < 25e6
+    assert sum(p.numel() for p in MineC2FNet(detail=True).parameters()) < 25e6
 
 
-@pytest.mark.parametrize("parts", [(0, 0, 0), (1, 0, 0), (1, 1, 0), (1, 1, 1), (0, 1, 1)])
-def test_starts_as_its_teacher(parts: tuple[int, int, int]) -> None:
+PARTS = ("gated_fusion", "cbam", "refinement", "detail")
+
+
+@pytest.mark.parametrize("on", [(), PARTS[:1], PARTS[:2], PARTS[:3], PARTS, PARTS[1:3]])
+def test_starts_as_its_teacher(on: tuple[str, ...]) -> None:
     teacher = teacher_network().eval()
-    switches = dict(zip(("gated_fusion", "cbam", "refinement"), map(bool, parts), strict=True))
+    switches = {part: part in on for part in PARTS}
     student = MineC2FNet(**switches).start_from(teacher).eval()
     x = torch.randn(2, 6, 64, 64)
     with torch.no_grad():
@@ -93,6 +97,20 @@ def test_given_teacher_features_change_nothing() -> None:
     x = torch.randn(1, 6, 64, 64)
     with torch.no_grad():
         assert torch.equal(student(x), student(x, student.teacher_features(x)))
+
+
+def test_detail_head_sees_single_pixels() -> None:
+    """One changed input pixel may change the logits nearby at full resolution, not only in blocks of four."""
+    head = DetailHead(6, 8, 8)
+    _shake(head, 0.3)
+    x, shallow, deep = torch.randn(1, 6, 32, 32), torch.randn(1, 8, 16, 16), torch.randn(1, 8, 8, 8)
+    logits = torch.zeros(1, 1, 32, 32)
+    changed = x.clone()
+    changed[0, :, 16, 16] += 3
+    with torch.no_grad():
+        moved = (head(changed, shallow, deep, logits) != head(x, shallow, deep, logits))[0, 0].nonzero()
+    assert len(moved)
+    assert (moved - 16).abs().max() <= 3
 
 
 def test_gated_fusion_is_a_convolution() -> None:

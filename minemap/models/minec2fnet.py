@@ -125,11 +125,43 @@ class Level(nn.Module):
         return x if self.refinement is None else self.refinement(x)
 
 
+class DetailHead(nn.Module):
+    """Sharpens the outline at full resolution; ours, not the paper's.
+
+    The decoder answers at stride 4 and is interpolated, and most wrong pixels lie within two of the true outline
+    (docs/training.md). This adds to the logits three 3x3 convolutions over the input itself, the encoder's
+    features at stride 2, the decoder's and the logits. Its last layer starts at zero: at first it changes nothing.
+    """
+
+    def __init__(self, in_channels: int, shallow_channels: int, deep_channels: int, width: int = 24) -> None:
+        super().__init__()
+        self.shallow = nn.Conv2d(shallow_channels, width, kernel_size=1)
+        self.deep = nn.Conv2d(deep_channels, width, kernel_size=1)
+        self.mix = nn.Sequential(
+            nn.Conv2d(in_channels + 2 * width + 1, width, kernel_size=3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(width, width, kernel_size=3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(width, 1, kernel_size=3, padding=1),
+        )
+        _zero(self.mix[-1])
+
+    def forward(self, x: Tensor, shallow: Tensor, deep: Tensor, logits: Tensor) -> Tensor:
+        """Input (N, C, H, W), stride 2, stride 4, logits (N, 1, H, W) -> logits (N, 1, H, W)."""
+        grown = [
+            F.interpolate(f, size=x.shape[-2:], mode="bilinear", align_corners=False)
+            for f in (self.shallow(shallow), self.deep(deep))
+        ]
+        parts = [x, logits, *grown]
+        return logits + self.mix(torch.cat([part.to(grown[0].dtype) for part in parts], dim=1))
+
+
 class MineC2FNet(nn.Module):
     """The student, which at inference is the whole network: (N, C, H, W) -> logits (N, 1, H, W).
 
     Input normalised, 0 = absent; H and W multiples of 32. With `gated_fusion` off no teacher features are
-    injected and there is no frozen encoder; with all three parts off it is the plain FPN.
+    injected and there is no frozen encoder; with all three parts off it is the plain FPN. `detail` adds a head
+    of our own that works at full resolution.
     """
 
     def __init__(
@@ -142,6 +174,7 @@ class MineC2FNet(nn.Module):
         refinement: bool = True,
         steps: int = 3,
         group_width: int = 16,
+        detail: bool = False,
     ) -> None:
         super().__init__()
         student: Any = teacher_network(in_channels, encoder=encoder)
@@ -161,6 +194,8 @@ class MineC2FNet(nn.Module):
             )
             for channels in self.encoder.out_channels[-LEVELS:]
         )
+        shallow = self.encoder.out_channels[1]
+        self.detail = DetailHead(in_channels, shallow, student.decoder.out_channels) if detail else None
         self._freeze()
 
     def _freeze(self) -> None:
@@ -194,10 +229,12 @@ class MineC2FNet(nn.Module):
         """`teacher`: what `teacher_features` gave for the same input, where it is at hand already."""
         x = fill_absent(x)
         frozen = self.teacher_features(x) if teacher is None else teacher
-        own = self.encoder(x)[-LEVELS:]
+        own = self.encoder(x)
         others = [None] * LEVELS if frozen is None else frozen[-LEVELS:]
-        fused = [level(a, b) for level, a, b in zip(self.levels, own, others, strict=True)]
-        return self.head(self.decoder(fused))
+        fused = [level(a, b) for level, a, b in zip(self.levels, own[-LEVELS:], others, strict=True)]
+        decoded = self.decoder(fused)
+        logits = self.head(decoded)
+        return logits if self.detail is None else self.detail(x, own[1], decoded, logits)
 
 
 def spatial_mean(x: Tensor) -> Tensor:

@@ -41,6 +41,7 @@ class TrainConfig:
     cbam: bool = True
     refinement: bool = True
     steps: int = 3  # of the refinement; not given in the paper
+    detail: bool = False  # our own head at full resolution
 
     bce: float = 1.0  # weights of the losses; not given in the paper
     dice: float = 1.0

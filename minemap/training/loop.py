@@ -175,7 +175,7 @@ def network_options(config: TrainConfig) -> dict[str, Any]:
     """Keyword arguments of the network's constructor."""
     options: dict[str, Any] = {"in_channels": len(config.bands) + len(config.derived)}
     if config.architecture == "minec2fnet":
-        options |= {k: getattr(config, k) for k in ("gated_fusion", "cbam", "refinement", "steps")}
+        options |= {k: getattr(config, k) for k in ("gated_fusion", "cbam", "refinement", "steps", "detail")}
     return options
 
 
@@ -186,7 +186,8 @@ def start_network(config: TrainConfig, recipe: Recipe, teacher: nn.Module | None
         options["encoder_weights"] = "imagenet"
     network = models.build(config.architecture, **options)
     if config.start is not None:
-        network.load_state_dict(load_model(config.start).network().state_dict())
+        # Parts that the older network lacks start as the identity.
+        network.load_state_dict(load_model(config.start).network().state_dict(), strict=False)
     elif isinstance(network, MineC2FNet):
         start = teacher or teacher_network(options["in_channels"], imagenet=config.imagenet)
         network.start_from(start, fresh=config.fresh)

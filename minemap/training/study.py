@@ -1,0 +1,186 @@
+"""The study: does each part of MineC2FNet earn its place when fine labels are few?
+
+`python -m minemap.training.study run` trains every method on the same draws of blocks, one line of results a
+run, and goes on where it stopped; `... table` prints the tables from those lines. The regime: 15 % of the
+training chips (whole blocks) carry fine labels, the rest coarse ones (training/coarse.py, "blobs"). A fifth of
+the fine blocks stops training and chooses the threshold. The validation split is read once, at the end of a run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minemap.training import metrics
+from minemap.training.chips import load_chips
+from minemap.training.config import make_config
+
+RESULTS = "results.jsonl"
+BASE: dict[str, Any] = {
+    "rows": "fine",
+    "fine_share": 0.15,
+    "architecture": "fpn",
+    "selection": "none",
+    "batch": 16,
+    "epochs": 15,
+    "epoch_samples": 256,
+    "warmup": 2,
+    "learning_rate": 3e-4,
+    "weight_decay": 0.01,
+    "schedule": "cosine",
+    "stop": 0,
+    "ema": 0.95,
+    "absent": 0.0,
+    "holes": 0.0,
+}
+SCRATCH = {"learning_rate": 1e-3, "epochs": 25}
+STUDENT = {"architecture": "minec2fnet", "selection": "hybrid"}
+TEACHER = "fpn_coarse"
+# Method -> what it changes in BASE. Those that name no SCRATCH start from the teacher of their draw.
+METHODS: dict[str, dict[str, Any]] = {
+    TEACHER: {"rows": "rest", "coarse": "blobs", "dice": 0.0, "ssim": 0.0, "boundary": 0.0, **SCRATCH},
+    "fpn_fine": {"ssim": 0.0, "boundary": 0.0, **SCRATCH},
+    "fpn_finetune": {"ssim": 0.0, "boundary": 0.0},
+    "minec2fnet": STUDENT,
+    "lwf": {"selection": "standard", "ssim": 0.0, "boundary": 0.0},
+    "replay": {"replay": 0.25, "ssim": 0.0, "boundary": 0.0},
+    "lwm": {"selection": "standard", "attention": 1.0, "ssim": 0.0, "boundary": 0.0},
+    "minec2fnet_fresh": {**STUDENT, "fresh": True, **SCRATCH},
+    "parts_none": {**STUDENT, "gated_fusion": False, "cbam": False, "refinement": False},
+    "parts_gf": {**STUDENT, "cbam": False, "refinement": False},
+    "parts_gf_cbam": {**STUDENT, "refinement": False},
+    "distill_none": {**STUDENT, "selection": "none"},
+    "distill_standard": {**STUDENT, "selection": "standard"},
+    "distill_image": {**STUDENT, "selection": "image"},
+    "distill_pixel": {**STUDENT, "selection": "pixel"},
+    "loss_bce": {**STUDENT, "dice": 0.0, "ssim": 0.0, "boundary": 0.0},
+    "loss_bce_dice": {**STUDENT, "ssim": 0.0, "boundary": 0.0},
+    "loss_bce_dice_ssim": {**STUDENT, "boundary": 0.0},
+    "bands_rgb": {"bands": ["blue", "green", "red"], "ssim": 0.0, "boundary": 0.0, **SCRATCH},
+    "bands_rgb_nir": {"bands": ["blue", "green", "red", "nir"], "ssim": 0.0, "boundary": 0.0, **SCRATCH},
+    "bands_rgb_nir_ndvi": {
+        "bands": ["blue", "green", "red", "nir"],
+        "derived": ["ndvi"],
+        "ssim": 0.0,
+        "boundary": 0.0,
+        **SCRATCH,
+    },
+}
+MAIN = ("fpn_coarse", "fpn_fine", "fpn_finetune", "minec2fnet")
+
+
+def run(chips: str, out: Path, *, draws: int, methods: Iterable[str]) -> None:
+    """Every method on every draw, the teacher of a draw first; runs that have a line already are skipped."""
+    out.mkdir(parents=True, exist_ok=True)
+    done = {(row["draw"], row["method"]) for row in read(out)}
+    for draw in range(draws):
+        for method in dict.fromkeys([TEACHER, *methods]):
+            if (draw, method) not in done:
+                row = run_one(chips, out, draw=draw, method=method)
+                with (out / RESULTS).open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+
+
+def run_one(chips: str, out: Path, *, draw: int, method: str) -> dict[str, Any]:
+    """Train one method on one draw and read the validation split, once: counts by block."""
+    from minemap.training.evaluate import predict_chips
+    from minemap.training.loop import train
+
+    changes = METHODS[method]
+    values = BASE | changes | {"data": [chips], "out": str(out / f"{method}-{draw}")}
+    values |= {"seed": draw, "fine_seed": draw}
+    if "epochs" not in changes or changes.get("fresh"):
+        values["teacher"] = str(out / f"{TEACHER}-{draw}" / "model")
+    checkpoint = train(make_config(values))
+    val = load_chips(chips).split("val").decided()
+    probability = predict_chips(checkpoint.network(), checkpoint.recipe, val, precision="bf16")
+    counts = metrics.confusion(probability >= checkpoint.recipe.threshold, val.mask)
+    blocks = {b: counts[val.column("block") == b].sum(axis=0).tolist() for b in np.unique(val.column("block"))}
+    return {
+        "draw": draw,
+        "method": method,
+        "threshold": checkpoint.recipe.threshold,
+        "holdout_miou": checkpoint.recipe.metrics["holdout"]["miou"],
+        "miou": 100 * metrics.scores(counts.sum(axis=0))["miou"],
+        "blocks": blocks,
+    }
+
+
+def read(out: Path) -> list[dict[str, Any]]:
+    """The lines of results there are."""
+    path = out / RESULTS
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def table(rows: list[dict[str, Any]], reference: str = "fpn_fine", samples: int = 2000) -> str:
+    """A Markdown table: mIoU of each method and its paired difference to the reference, with intervals."""
+    counts = by_method(rows)
+    lines = ["| method | draws | val mIoU (range over draws) | minus " + reference + " (95 % interval) |"]
+    lines.append("|---|---|---|---|")
+    for method in (m for m in METHODS if m in counts):
+        scores = [row["miou"] for row in rows if row["method"] == method]
+        spread = f"{np.mean(scores):.1f} ({min(scores):.1f} to {max(scores):.1f})"
+        difference = "" if method == reference else _interval(counts, method, reference, samples)
+        lines.append(f"| {method} | {len(scores)} | {spread} | {difference} |")
+    return "\n".join(lines)
+
+
+def by_method(rows: list[dict[str, Any]]) -> dict[str, dict[int, NDArray[np.float64]]]:
+    """Method -> draw -> counts (block, 4), blocks in one order."""
+    found: dict[str, dict[int, NDArray[np.float64]]] = {}
+    for row in rows:
+        counts = np.array([row["blocks"][b] for b in sorted(row["blocks"])], float)
+        found.setdefault(row["method"], {})[row["draw"]] = counts
+    return found
+
+
+def _interval(counts: dict[str, dict[int, NDArray[np.float64]]], method: str, reference: str, samples: int) -> str:
+    shared = sorted(set(counts[method]) & set(counts.get(reference, {})))
+    if not shared:
+        return ""
+    ours, theirs = (np.stack([counts[m][d] for d in shared]) for m in (method, reference))
+    differences = bootstrap(ours, theirs, samples)
+    low, high = np.percentile(differences, [2.5, 97.5])
+    return f"{_miou(ours.sum(1)).mean() - _miou(theirs.sum(1)).mean():+.1f} ({low:+.1f} to {high:+.1f})"
+
+
+def bootstrap(
+    ours: NDArray[np.float64], theirs: NDArray[np.float64], samples: int, seed: int = 0
+) -> NDArray[np.float64]:
+    """Differences of mean mIoU over resampled draws and blocks; counts are (draw, block, 4)."""
+    rng = np.random.default_rng(seed)
+    draws, blocks = ours.shape[:2]
+    found = np.empty(samples)
+    for i in range(samples):
+        pick = np.ix_(rng.integers(draws, size=draws), rng.integers(blocks, size=blocks))
+        found[i] = (_miou(ours[pick].sum(1)) - _miou(theirs[pick].sum(1))).mean()
+    return found
+
+
+def _miou(counts: NDArray[np.float64]) -> NDArray[np.float64]:
+    tn, fp, fn, tp = counts.T
+    return 50 * (tp / (tp + fp + fn) + tn / (tn + fp + fn))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the study or print its tables."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("action", choices=("run", "table"))
+    parser.add_argument("--chips", help="mines6/chips.npz")
+    parser.add_argument("--out", type=Path, default=Path("runs/study"))
+    parser.add_argument("--draws", type=int, default=5)
+    parser.add_argument("--methods", nargs="+", default=list(MAIN), choices=list(METHODS))
+    args = parser.parse_args(arguments)
+    if args.action == "run":
+        run(args.chips, args.out, draws=args.draws, methods=args.methods)
+    print(table(read(args.out)))
+
+
+if __name__ == "__main__":
+    main()
