@@ -24,6 +24,7 @@ CHUNK = 2048  # px, side of a super-tile and of a shard
 CHUNKS = (512, 1024, 2048)
 CELL = 20_480  # metres, side of the cell for which scenes are chosen
 MAX_LATITUDE = 84.0
+SAG = 1e-4  # degrees; the edges of a block of 256 px bend less than that between lattice points
 GEOD = Geod(ellps="WGS84")
 
 BBox = tuple[float, float, float, float]  # west, south, east, north
@@ -139,12 +140,14 @@ class Grid:
             for column in range(0, self.width, WINDOW):
                 block = (slice(row, row + WINDOW), slice(column, column + WINDOW))
                 y, x = self.y[block[0]], self.x[block[1]]
-                ends = np.linspace(y[0], y[-1], 5), np.linspace(x[0], x[-1], 5)
+                lattice = continuous_lonlat(
+                    self.epsg, *np.meshgrid(np.linspace(*x[[0, -1]], 5), np.linspace(*y[[0, -1]], 5))
+                )
                 for box in boxes:
-                    coarse = _in_box(self.epsg, *ends, box, margin=1e-4)
-                    if coarse.any():
-                        surely = _in_box(self.epsg, *ends, box, margin=-1e-4).all()
-                        mask[block] |= surely or _in_box(self.epsg, y, x, box)
+                    if _may_meet(lattice, box):
+                        wholly = _in_box(lattice, box, margin=-SAG).all()
+                        points = continuous_lonlat(self.epsg, *np.meshgrid(x, y)) if not wholly else lattice
+                        mask[block] |= wholly or _in_box(points, box)
         return mask
 
 
@@ -248,10 +251,16 @@ def _parts_in(epsg: int, bbox: BBox) -> list[BBox]:
     return [part for code, part in _zone_parts(bbox) if code == epsg]
 
 
-def _in_box(epsg: int, y: np.ndarray, x: np.ndarray, box: BBox, margin: float = 0.0) -> np.ndarray:
-    """Which points of the lattice y × x lie in `box` grown by `margin` degrees, bool (y, x)."""
-    lon, lat = continuous_lonlat(epsg, *np.meshgrid(x, y))
-    west, south, east, north = box
+def _may_meet(lattice: tuple[np.ndarray, np.ndarray], box: BBox) -> bool:
+    """Whether the area that a lattice of longitudes and latitudes spans can meet `box`."""
+    (lon, lat), (west, south, east, north) = lattice, box
+    across = lon.max() >= west - SAG and lon.min() <= east + SAG
+    return bool(across and lat.max() >= south - SAG and lat.min() <= north + SAG)
+
+
+def _in_box(points: tuple[np.ndarray, np.ndarray], box: BBox, margin: float = 0.0) -> np.ndarray:
+    """Which points (longitudes, latitudes) lie in `box` grown by `margin` degrees, bool."""
+    (lon, lat), (west, south, east, north) = points, box
     across = (lon >= west - margin) & (lon < east + margin)
     return across & (lat >= south - margin) & (lat < north + margin)
 

@@ -96,3 +96,11 @@ def test_wanted_windows_hold_every_asked_pixel_and_no_empty_side():
 def test_bad_boxes(bbox, message):
     with pytest.raises(InputError, match=message):
         check_bbox(bbox)
+
+
+def test_a_box_of_a_few_pixels_is_found():
+    """480 m, smaller than any coarse lattice of points over a super-tile."""
+    for lon in np.linspace(-63.4, -63.2, 23):
+        bbox = (lon, 6.3, lon + 0.0043, 6.3043)
+        asked = sum(int(tile.inside(bbox).sum()) for grid in grids(bbox) for tile in grid.tiles(2048))
+        assert asked == pytest.approx(48 * 48, rel=0.05)

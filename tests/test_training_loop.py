@@ -22,7 +22,7 @@ from minemap.sentinel2 import BANDS
 from minemap.training import commands, continual
 from minemap.training.chips import load_chips
 from minemap.training.config import TrainConfig, make_config, read_config
-from minemap.training.evaluate import MARGIN, evaluate, padding, predict_chips
+from minemap.training.evaluate import MARGIN, evaluate, padding, predict_chips, predict_mosaics
 from minemap.training.loop import STATE, load_sets, make_recipe, rate, start_network, train
 
 TINY = {"epochs": 2, "batch": 4, "sizes": [32], "precision": "fp32", "threads": 1, "learning_rate": 1e-3}
@@ -153,6 +153,7 @@ def test_prediction_puts_pixels_back_where_they_were(chips: str) -> None:
     answer = predict_chips(blue, recipe, some)
     expected = 1 / (1 + np.exp(-recipe.normalise(some.image)[:, 0]))
     assert np.allclose(answer, expected, atol=1e-5)
+    assert np.allclose(predict_mosaics(blue, recipe, some, side=3), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(("size", "total"), [(48, 96), (448, 512), (24, 96), (32, 96), (50, 128)])
