@@ -24,7 +24,7 @@ CHUNK = 2048  # px, side of a super-tile and of a shard
 CHUNKS = (512, 1024, 2048)
 CELL = 20_480  # metres, side of the cell for which scenes are chosen
 MAX_LATITUDE = 84.0
-SAG = 1e-4  # degrees; the edges of a block of 256 px bend less than that between lattice points
+SAG = 1e-3  # degrees; the edges of a super-tile bend less than that between five points
 GEOD = Geod(ellps="WGS84")
 
 BBox = tuple[float, float, float, float]  # west, south, east, north
@@ -130,25 +130,29 @@ class Grid:
         return self._within(_parts_in(self.epsg, bbox))
 
     def _within(self, boxes: list[BBox]) -> np.ndarray:
-        """Pixel centres within any of `boxes`, half-open, degrees.
+        """Pixel centres within any of `boxes`, half-open, degrees; bool (y, x).
 
-        Block by block: where a coarse lattice of points shows a block wholly inside or outside, its pixels are
-        not projected one by one.
+        Quarter by quarter: a part that a coarse lattice of points shows wholly inside or outside is done, and only
+        in the smallest parts on an edge is every pixel projected.
         """
         mask = np.zeros(self.shape, bool)
-        for row in range(0, self.height, WINDOW):
-            for column in range(0, self.width, WINDOW):
-                block = (slice(row, row + WINDOW), slice(column, column + WINDOW))
-                y, x = self.y[block[0]], self.x[block[1]]
-                lattice = continuous_lonlat(
-                    self.epsg, *np.meshgrid(np.linspace(*x[[0, -1]], 5), np.linspace(*y[[0, -1]], 5))
-                )
-                for box in boxes:
-                    if _may_meet(lattice, box):
-                        wholly = _in_box(lattice, box, margin=-SAG).all()
-                        points = continuous_lonlat(self.epsg, *np.meshgrid(x, y)) if not wholly else lattice
-                        mask[block] |= wholly or _in_box(points, box)
+        parts = [(slice(0, self.height), slice(0, self.width), box) for box in boxes]
+        while parts:
+            rows, columns, box = parts.pop()
+            y, x = self.y[rows], self.x[columns]
+            lattice = self._degrees(np.linspace(y[0], y[-1], 5), np.linspace(x[0], x[-1], 5))
+            if not _may_meet(lattice, box):
+                continue
+            if _in_box(lattice, box, margin=-SAG).all():
+                mask[rows, columns] = True
+            elif max(len(y), len(x)) <= WINDOW:
+                mask[rows, columns] |= _in_box(self._degrees(y, x), box)
+            else:
+                parts += [(r, c, box) for r in _halved(rows) for c in _halved(columns)]
         return mask
+
+    def _degrees(self, y: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return continuous_lonlat(self.epsg, *np.meshgrid(x, y))
 
 
 def cell_grid(epsg: int, cell: tuple[int, int], resolution: float = RESOLUTION) -> Grid:
@@ -249,6 +253,11 @@ def _zone_box(epsg: int) -> BBox:
 
 def _parts_in(epsg: int, bbox: BBox) -> list[BBox]:
     return [part for code, part in _zone_parts(bbox) if code == epsg]
+
+
+def _halved(part: slice) -> list[slice]:
+    middle = (part.start + part.stop + 1) // 2
+    return [s for s in (slice(part.start, middle), slice(middle, part.stop)) if s.start < s.stop]
 
 
 def _may_meet(lattice: tuple[np.ndarray, np.ndarray], box: BBox) -> bool:

@@ -6,7 +6,7 @@ import json
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
@@ -25,7 +25,7 @@ from .cluster import GPU, TASK_THREADS, connect, worker_count
 from .compositing import Rule, composite_layers
 from .cube import READERS, load_layers
 from .errors import InputError
-from .grid import CHUNK, CHUNKS, WINDOW, BBox, Grid, check_bbox, grids, pixel_area_km2, wanted_windows
+from .grid import CELL, CHUNK, CHUNKS, WINDOW, BBox, Grid, check_bbox, grids, pixel_area_km2, wanted_windows
 from .inference import NOT_OBSERVED, Settings, percent, probability
 from .reader import Access, read_overview
 from .scenes import Acquisition, Period, Scenes, Source, parse_months, parse_period, search, search_area, source
@@ -239,11 +239,11 @@ def _with_scenes(made: Plan, store: Store | None) -> Plan:
 
 def _around(tiles: list[Grid]) -> Grid:
     """The smallest Grid that covers the cells of all tiles of one zone."""
-    side = round(20_480 / tiles[0].resolution)
+    side = round(CELL / tiles[0].resolution)
     left, right = min(t.cell[0] for t in tiles), max(t.cell[0] for t in tiles)
     bottom, top = min(t.cell[1] for t in tiles), max(t.cell[1] for t in tiles)
     height, width = (top - bottom + 1) * side, (right - left + 1) * side
-    return Grid(tiles[0].epsg, left * 20_480.0, (top + 1) * 20_480.0, height, width, tiles[0].resolution)
+    return Grid(tiles[0].epsg, left * float(CELL), (top + 1) * float(CELL), height, width, tiles[0].resolution)
 
 
 def map_area(
@@ -590,7 +590,7 @@ def _aoi_in_zone(path: Path, epsg: int) -> shapely.Geometry:
 
 def _summary(made: Plan, store: Store, counts: np.ndarray, seconds: float) -> dict[str, Any]:
     total, observed, mine, computed = counts.sum(axis=0)
-    used = {name for w in made.work for name in _record_items(store, w, made.period)}
+    records = [record for w in made.work if (record := store.record(w.tile, made.period)) is not None]
     return {
         "out": str(store.path),
         "date": str(made.period),
@@ -599,16 +599,12 @@ def _summary(made: Plan, store: Store, counts: np.ndarray, seconds: float) -> di
         "km2_not_observed": round(float(total - observed), 4),
         "km2_mine": round(float(mine), 4),
         "super_tiles": len(made.work),
-        "super_tiles_done": len(made.work),
+        "super_tiles_done": len(records),
         "super_tiles_computed": int(computed),
-        "items": len(used),
+        "items": len({item for record in records for item in record["items"]}),
         "seconds": round(seconds, 2),
         "zones": [grid.group for grid in made.grids],
         "model": made.checkpoint.recipe.name,
         "model_sha256": made.checkpoint.sha256,
         "precision": made.settings.precision,
     }
-
-
-def _record_items(store: Store, work: Work, period: Period) -> Iterable[str]:
-    return (store.record(work.tile, period) or {}).get("items", [])

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .checkpoint import DEFAULT_MODEL, Checkpoint, available, load_model
-from .grid import CELL, WINDOW
+from .cluster import TASK_THREADS
+from .compositing import STRIP_BYTES
+from .grid import WINDOW
 from .inference import cores
+from .scenes import Period
 from .store import Store, open_map
 
 if TYPE_CHECKING:
     from .mapping import Plan
 
-# Measured on two cores of an AVX512-BF16 server (benchmarks/README.md); they serve an estimate, nothing else.
-READ_SECONDS = 3.0e-8  # a pixel, band and acquisition, one core, local COGs with deflate
-NETWORK_SECONDS = {"bf16": 0.09, "fp32": 0.26}  # a window of 320 px, one core
-BYTES_READ = 1.3  # a pixel of 10 m, band and acquisition, compressed
+# Rough rates, measured on two cores of an AVX512-BF16 server; they serve the estimate and nothing else.
+READ_SECONDS = 2.0e-7  # CPU, a pixel and acquisition: six bands and SCL decoded and composited
+NETWORK_SECONDS = {"bf16": 0.15, "fp32": 0.45}  # CPU, a window of 320 px
+BYTES_READ = 7.3  # a pixel of 10 m and acquisition: six bands and SCL of a usual product, compressed
 BYTES_WRITTEN = 0.35  # a pixel of the map, compressed
-WORKER_BYTES = 1.2e9  # libraries, weights and one super-tile without its looks
-LOOK_BYTES = 3.0  # a pixel and look held at a time
-FEWEST_BANDS_AT_10_M = 4
+WORKER_BYTES = 1.2e9  # libraries, weights and a super-tile without its looks
+LOOK_BYTES = 3  # a pixel and look held at a time
 
 
 def describe(path: str | Path) -> dict[str, Any]:
@@ -41,21 +45,19 @@ def describe(path: str | Path) -> dict[str, Any]:
 def _zone(store: Store, group: str) -> dict[str, Any]:
     data = open_map(store.path, group)
     grid = store.grid(group)
-    pixels = [_period(store, group, str(p), p.slug) for p in sorted(store.periods(group), key=str)]
+    periods = [_period(store, group, p) for p in sorted(store.periods(group), key=str)]
     bounds = tuple(data.rio.bounds()) if data.sizes["y"] else ()
-    return {"zone": group, "epsg": grid.epsg, "bounds": bounds, "resolution": grid.resolution, "periods": pixels}
+    return {"zone": group, "epsg": grid.epsg, "bounds": bounds, "resolution": grid.resolution, "periods": periods}
 
 
-def _period(store: Store, group: str, name: str, slug: str) -> dict[str, Any]:
-    import json
-
-    records = [json.loads(p.read_text()) for p in (store.meta / "ledger" / group / slug).glob("*.json")]
+def _period(store: Store, group: str, period: Period) -> dict[str, Any]:
+    records = [json.loads(p.read_text()) for p in (store.meta / "ledger" / group / period.slug).glob("[!.]*.json")]
     area = (store.grid(group).resolution / 1000) ** 2
     windows = sum((r["windows"][1] - r["windows"][0]) * (r["windows"][3] - r["windows"][2]) for r in records)
     pixels = windows * WINDOW**2
     observed, mine = (sum(r[key] for r in records) for key in ("observed_px", "mine_px"))
     return {
-        "period": name,
+        "period": str(period),
         "super_tiles": len(records),
         "km2_computed": round(pixels * area, 2),
         "observed_fraction": round(observed / pixels, 4) if pixels else 0.0,
@@ -91,8 +93,6 @@ def _line(model: Checkpoint) -> str:
 
 def card(name: str) -> dict[str, Any]:
     """A model's recipe, its hash, and `text`: its card."""
-    from dataclasses import asdict
-
     model = load_model(name)
     written = model.path / "README.md"
     facts = [
@@ -109,11 +109,9 @@ def estimate(plan: Plan) -> dict[str, Any]:
     """What a run would cost. Rates are those of two server cores and local files: a guide, not a promise."""
     looks, layers = _looks(plan)
     pixels = sum(w.inner.height * w.inner.width for w in plan.work)
-    bands = len(plan.checkpoint.recipe.bands) + 1
-    values = pixels * bands * looks
-    windows = pixels / WINDOW**2
-    seconds = (values * READ_SECONDS + windows * NETWORK_SECONDS[plan.settings.precision]) / cores()
-    held = max((w.inner.height * w.inner.width for w in plan.work), default=0) * layers * LOOK_BYTES
+    network = pixels / WINDOW**2 * NETWORK_SECONDS[plan.settings.precision]
+    seconds = (pixels * looks * READ_SECONDS + network) / cores()
+    held = max(w.inner.height * w.inner.width for w in plan.work) * layers * LOOK_BYTES
     return {
         "super_tiles": len(plan.work),
         "zones": [grid.group for grid in plan.grids],
@@ -121,11 +119,10 @@ def estimate(plan: Plan) -> dict[str, Any]:
         "cells_frozen_before": plan.frozen,
         "items": len(plan.items),
         "acquisitions_per_cell": round(looks, 1),
-        "bytes_to_read": int(values * BYTES_READ * FEWEST_BANDS_AT_10_M / 6),
-        "worker_memory_bytes": int(WORKER_BYTES + 2 * min(held, 384 * 2**20)),
+        "bytes_to_read": int(pixels * looks * BYTES_READ),
+        "worker_memory_bytes": int(WORKER_BYTES + TASK_THREADS * min(held, STRIP_BYTES)),
         "seconds": round(seconds),
         "bytes_written": int(pixels * BYTES_WRITTEN),
-        "cell_metres": CELL,
         "model": plan.checkpoint.recipe.name,
         "precision": plan.settings.precision,
     }

@@ -324,7 +324,7 @@ def open_map(path: str | Path, zone: str | None = None) -> xr.Dataset:
 
 def _trimmed(data: xr.Dataset, store: Store, group: str, chunk: int) -> xr.Dataset:
     grid = store.grid(group)
-    done = [p.stem.split("_") for p in (store.meta / "ledger" / group).glob("*/*.json")]
+    done = [p.stem.split("_") for p in (store.meta / "ledger" / group).glob("*/[!.]*.json")]
     if not done:
         return data.isel(y=slice(0, 0), x=slice(0, 0), y80=slice(0, 0), x80=slice(0, 0))
     side = chunk * grid.resolution

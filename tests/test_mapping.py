@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import geopandas
 import numpy as np
@@ -285,3 +289,35 @@ def test_exported_cog_holds_the_maps_pixels(made, tmp_path):
         np.testing.assert_array_equal(source.read(1), expected)
         assert source.colormap(1)[1][:3] == (227, 26, 28)
     shutil.rmtree(tmp_path)
+
+
+WORDS = "import sys; from minemap.cli import main; sys.exit(main(sys.argv[1:]))"
+
+
+def begun(out, inner, options):
+    """A map in a process of its own, as soon as its first super-tile is in the ledger."""
+    words = ["map", "--bbox", *map(str, inner), "--date", "2023", "--out", str(out), "--keep-composite"]
+    words += ["--stac", str(options["stac"]), "--model", str(options["model"]), "--chunk", "512", "--quiet"]
+    process = subprocess.Popen([sys.executable, "-c", WORDS, *words], stderr=subprocess.PIPE, text=True)
+    ledger = Store(out).meta / "ledger"
+    while process.poll() is None and not list(ledger.glob("*/*/[!.]*")):
+        time.sleep(0.02)
+    return process, ledger
+
+
+@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_run_goes_on_to_the_same_bytes(kill, made, inner, options, tmp_path):
+    out = tmp_path / "map.zarr"
+    process, ledger = begun(out, inner, options)
+    process.send_signal(kill)
+    _, told = process.communicate(timeout=120)
+    if kill == signal.SIGINT and process.returncode != 0:
+        assert process.returncode == 130 and "the same command goes on from here" in told
+    finished = {p: p.read_text() for p in ledger.glob("*/*/[!.]*")}
+    assert finished
+    summary = map_area(inner, "2023", out, keep_composite=True, **options)
+    assert summary["super_tiles_computed"] == summary["super_tiles"] - len(finished)
+    assert all(path.read_text() == text for path, text in finished.items())
+    for name in ("probability", "observations", "composite", "quicklook"):
+        one, other = (xr.open_zarr(p, group="utm32620", mask_and_scale=False)[name].values for p in (out, made[0]))
+        np.testing.assert_array_equal(one, other)
