@@ -52,7 +52,8 @@ def test_training_moves_all_but_the_frozen_encoder(
 def test_bundled_weights_are_small_and_say_what_they_are() -> None:
     checkpoint = load_model(demo_model.NAME)
     assert sum(file.stat().st_size for file in checkpoint.path.iterdir()) < 25e6
-    assert "synthetic" in checkpoint.recipe.training["data"]
+    assert "of no use on real imagery" in checkpoint.recipe.training["about"]
+    assert "of no use on real imagery" in " ".join((checkpoint.path / "README.md").read_text().split())
     assert checkpoint.recipe.options == demo_model.OPTIONS
     assert isinstance(checkpoint.network(), MineC2FNet)
 
