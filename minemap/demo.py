@@ -429,12 +429,11 @@ def _through(clear: Array, sky: Sky, rows: slice) -> Array:
 
 def _blur(image: Array) -> Array:
     """The sensor's point spread: weights 0.12, 0.76, 0.12 along y and along x; edges repeat."""
-    for axis in (1, 2):
-        wide = np.pad(image, [(0, 0), *((int(axis == a),) * 2 for a in (1, 2))], mode="edge")
-        n = image.shape[axis]
-        image = np.float32(0.76) * image
-        image += np.float32(0.12) * (wide.take(range(n), axis) + wide.take(range(2, n + 2), axis))
-    return image
+    side, middle = np.float32(0.12), np.float32(0.76)
+    tall = np.pad(image, [(0, 0), (1, 1), (0, 0)], mode="edge")
+    image = middle * image + side * (tall[:, :-2] + tall[:, 2:])
+    wide = np.pad(image, [(0, 0), (0, 0), (1, 1)], mode="edge")
+    return middle * image + side * (wide[..., :-2] + wide[..., 2:])
 
 
 def _classes(clear: Array) -> NDArray[np.uint8]:
