@@ -18,7 +18,7 @@ from minemap.checkpoint import Checkpoint, Recipe, load_model, save
 from minemap.sentinel2 import BANDS
 from minemap.training import metrics
 from minemap.training.chips import Chips, keep_bands, load_chips
-from minemap.training.evaluate import predict_chips
+from minemap.training.evaluate import predict_chips, predict_mosaics
 
 NEGATIVES = ("natural_change", "human_activity")  # categories of mines6 without mines
 SAMPLES = 1000  # of the block bootstrap
@@ -37,6 +37,8 @@ def measure(checkpoint: Checkpoint, chips: Chips, rgb: Chips | None, *, precisio
     margin = (recipe.window + 2 * recipe.halo - chips.image.shape[-1]) // 2
     mapped = predict_chips(network, recipe, chips, precision=precision, margin=margin)
     found["in a map's window"] = _scores(mapped, chips, recipe)
+    mosaic = predict_mosaics(network, recipe, chips, precision=precision)
+    found["in a mosaic of 25 chips"] = _scores(mosaic, chips, recipe)
     found["interval of mIoU"] = block_interval(whole, chips, recipe.threshold)
     found["false alarms"] = false_alarms(whole, chips, recipe.threshold)
     found["reliability"] = metrics.reliability(whole, chips.mask).round(4).tolist()

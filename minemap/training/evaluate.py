@@ -53,6 +53,20 @@ def predict_chips(
     return np.concatenate(found) if found else np.zeros(chips.mask.shape, np.float32)
 
 
+def predict_mosaics(
+    network: nn.Module, recipe: Recipe, chips: Chips, *, side: int = 5, precision: str = "fp32"
+) -> NDArray[np.float32]:
+    """The same with side x side chips put together, to measure what foreign neighbours do: never for scores."""
+    n, height, width = chips.mask.shape
+    rows = np.arange(-(-n // side**2) * side**2) % n  # the last mosaic is filled up with the first chips
+    tiles = chips.image[rows].reshape(-1, side, side, chips.image.shape[1], height, width)
+    image = tiles.transpose(0, 3, 1, 4, 2, 5).reshape(len(tiles), -1, side * height, side * width)
+    whole = Chips(image, np.zeros((len(image), side * height, side * width), np.uint8), {})
+    answer = predict_chips(network, recipe, whole, precision=precision)
+    pieces = answer.reshape(-1, side, height, side, width).transpose(0, 1, 3, 2, 4)
+    return pieces.reshape(-1, height, width)[:n]
+
+
 def padding(size: int, stride: int, margin: int) -> tuple[int, int]:
     """Pixels before and after, at least `margin` each, that make a multiple of the stride."""
     spare = -(size + 2 * margin) % stride + 2 * margin

@@ -38,6 +38,7 @@ BASE: dict[str, Any] = {
     "ema": 0.95,
     "absent": 0.0,
     "holes": 0.0,
+    "threads": 1,  # small runs: two side by side beat one on two cores
 }
 SCRATCH = {"learning_rate": 1e-3, "epochs": 25}
 STUDENT = {"architecture": "minec2fnet", "selection": "hybrid"}
