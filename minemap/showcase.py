@@ -66,7 +66,7 @@ def compare(path: Path, scene: Demo, year: int) -> dict[str, float]:
     store = Store(path)
     with rasterio.open(scene.truth[year]) as source:
         truth, transform = source.read(1), source.transform
-    data = open_map(path, f"utm{scene.epsg}").sel(time=str(parse_period(str(year)).start)).squeeze("time")
+    data = open_map(path, f"utm{scene.epsg}").sel(time=str(parse_period(str(year)).start))
     x = transform.c + (np.arange(truth.shape[1]) + 0.5) * transform.a
     y = transform.f + (np.arange(truth.shape[0]) + 0.5) * transform.e
     percent = data["probability"].reindex(y=y, x=x, method="nearest", tolerance=1).values
