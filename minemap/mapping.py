@@ -151,7 +151,7 @@ class Plan:
         o = self.options
         return {
             "collection": self.source.collection,
-            "source": self.source.name,
+            "source": self.source.url,
             "max_cloud": o.max_cloud,
             "max_scenes": o.max_scenes,
             "months": list(parse_months(o.months)),

@@ -203,6 +203,14 @@ def test_min_clear_months_and_max_scenes_reach_the_map(inner, options, tmp_path)
     assert 0 < half["items"] < 8
 
 
+def test_bright_tailings_are_rescued_unless_told_otherwise(scene, options, tmp_path):
+    kept = map_area(scene.bbox, "2023", tmp_path / "a.zarr", **options)
+    lost = map_area(scene.bbox, "2023", tmp_path / "b.zarr", rescue=False, **options)
+    assert kept["km2_observed"] > lost["km2_observed"] + 0.05
+    one, other = (stored(tmp_path / f"{n}.zarr", "observations").values for n in "ab")
+    assert (one >= other).all() and (one > other).sum() > 500
+
+
 def test_aoi_clips(inner, options, tmp_path):
     west, south, east, north = inner
     area = box(west, south, (west + east) / 2, (south + north) / 2)
