@@ -101,6 +101,7 @@ def render(recipe: Recipe) -> str:
         "alarms": "\n".join(alarms),
         "data": " and ".join(recipe.training.get("data", [])),
         "seed": recipe.training.get("seed"),
+        "note": recipe.training.get("note", ""),
         "imagenet": "yes" if recipe.training.get("imagenet") else "no, from random weights",
     }
     return (Path(__file__).parent / "card.md").read_text().format(**values)
