@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from . import __version__
 from .errors import InputError, MinemapError
@@ -63,8 +63,15 @@ def _split_bbox(words: list[str]) -> list[str]:
     return out
 
 
+class Parser(argparse.ArgumentParser):
+    """Errors in one line, as everywhere else."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="minemap", description="Maps the footprint of mining from Sentinel-2.")
+    top = Parser(prog="minemap", description="Maps the footprint of mining from Sentinel-2.")
     top.add_argument("--version", action="version", version=f"minemap {__version__}")
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for name, about, add, run in _commands():

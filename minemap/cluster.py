@@ -23,6 +23,8 @@ class ClusterError(MinemapError):
 @contextmanager
 def connect(cluster: str | None, workers: int | None = None) -> Iterator[Client | None]:
     """A client for `--cluster`: None for this process, "local", "gpu", or a scheduler's address."""
+    if workers is not None and (workers < 1 or cluster not in ("local", "gpu")):
+        raise InputError(f"workers is {workers}: give 1 or more, with --cluster local or gpu")
     if cluster is None:
         yield None
         return

@@ -64,11 +64,12 @@ def composite(cube: xr.DataArray, rule: Rule | None = None) -> xr.DataArray:
     looks = _looks(cube["acquisition"].values if "acquisition" in cube.coords else np.arange(cube.sizes["time"]))
     scl = cube["scl"] if "scl" in cube.coords else xr.full_like(cube.isel(band=0, drop=True), 7, dtype="uint8")
     cube = cube.reset_coords(drop=True).assign_coords(spatial_ref=cube.coords.get("spatial_ref", 0))
+    present = _present(cube)
     image, count = xr.apply_ufunc(
         _composite_floats,
         cube.chunk(time=-1, band=-1) if cube.chunks else cube,
         scl.reset_coords(drop=True).chunk(time=-1) if scl.chunks else scl.reset_coords(drop=True),
-        kwargs={"looks": looks, "rule": rule},
+        kwargs={"looks": looks, "rule": rule, "present": present},
         input_core_dims=[["time", "band"], ["time"]],
         output_core_dims=[["band"], []],
         dask="parallelized",
@@ -80,12 +81,12 @@ def composite(cube: xr.DataArray, rule: Rule | None = None) -> xr.DataArray:
 
 
 def _composite_floats(
-    cube: np.ndarray, scl: np.ndarray, *, looks: np.ndarray, rule: Rule
+    cube: np.ndarray, scl: np.ndarray, *, looks: np.ndarray, rule: Rule, present: list[bool]
 ) -> tuple[np.ndarray, np.ndarray]:
     """(y, x, time, band) floats to (y, x, band) floats and (y, x) counts."""
     stored = np.nan_to_num(np.rint(cube / np.float32(SCALE)), nan=NODATA).astype(np.uint16)
     bands = np.ascontiguousarray(stored.transpose(3, 2, 0, 1))
-    image, count = composite_looks(lambda b: bands[b], len(bands), scl.transpose(2, 0, 1), looks, rule)
+    image, count = composite_looks(lambda b: bands[b], present, scl.transpose(2, 0, 1), looks, rule)
     return image.transpose(1, 2, 0), count
 
 
@@ -106,9 +107,15 @@ def composite_layers(
         part = scl[:, rows]
         if n:
             image[:, rows], count[rows] = composite_looks(
-                partial(_load_band, load, dn[:, :, rows]), bands, load(part), looks, rule
+                partial(_load_band, load, dn[:, :, rows]), _present(layers["dn"]), load(part), looks, rule
             )
     return image, count
+
+
+def _present(cube: xr.DataArray) -> list[bool]:
+    """Which bands any item of the place has, whether or not it shows in these pixels; all when nobody says."""
+    bands = [str(b) for b in cube["band"].values] if "band" in cube.coords else [""] * cube.sizes["band"]
+    return [band in cube.attrs.get("bands_present", bands) for band in bands]
 
 
 def _load_band(load: Callable[[Any], np.ndarray], dn: Any, band: int) -> np.ndarray:
@@ -123,10 +130,11 @@ def _strips(n: int, height: int, width: int) -> Iterator[slice]:
 
 
 def composite_looks(
-    read_band: Callable[[int], np.ndarray], bands: int, scl: np.ndarray, looks: np.ndarray, rule: Rule
+    read_band: Callable[[int], np.ndarray], present: list[bool], scl: np.ndarray, looks: np.ndarray, rule: Rule
 ) -> tuple[np.ndarray, np.ndarray]:
     """read_band(b): uint16 (layer, y, x) of one band; scl: uint8 (layer, y, x); looks: (layer,) which look each
-    layer belongs to. A band without any value is left out of the count and stays NaN."""
+    layer belongs to. present: which bands there are; one that is not is not counted and stays NaN."""
+    bands = len(present)
     doubtful = _doubtful(scl, looks, rule) if rule.rescue else np.zeros(scl.shape[1:], bool)
     image = np.full((bands, *scl.shape[1:]), np.nan, np.float32)
     rescued = np.full((bands, int(doubtful.sum())), np.nan, np.float32)
@@ -135,9 +143,9 @@ def composite_looks(
     rescued_count = np.full(rescued.shape[1], ABSENT)
     hidden = np.isin(np.arange(256), rule.masked)[scl]
     for b in range(bands):
-        values = read_band(b)
-        if not values.any():
+        if not present[b]:
             continue
+        values = read_band(b)
         if rescued.shape[1]:
             rescued[b], seen, calm = _rescue(values[:, doubtful], scl[:, doubtful], looks, rule)
             rescued_count, stable = np.minimum(rescued_count, seen), stable & calm

@@ -18,7 +18,7 @@ from rasterio.enums import Resampling
 
 from .errors import InputError
 from .grid import CHUNK, Grid, crs_wkt
-from .reader import GDAL_OPTIONS, Access, ExactReader
+from .reader import GDAL_OPTIONS, Access, ExactReader, signed
 from .scenes import acquisition_id, moment
 from .sentinel2 import BANDS, NODATA, SCALE, SCL, Item, Scaling, asset_key, scaling
 
@@ -49,7 +49,7 @@ def load_cube(
     dn = layers["dn"]
     cube = xr.where(dn == NODATA, np.float32(np.nan), dn.astype(np.float32) * np.float32(SCALE))
     cube = cube.transpose("time", "band", "y", "x").assign_coords(scl=layers["scl"])
-    cube.attrs = {"long_name": "surface reflectance", "units": "1", "offsets": layers.attrs["offsets"]}
+    cube.attrs = {"long_name": "surface reflectance", "units": "1", **layers.attrs}
     return cube.rename("reflectance")
 
 
@@ -84,8 +84,11 @@ def load_layers(
         classes = _replaced(classes, blind, UNCLASSIFIED)
     decided = [(scalings or {}).get(item["id"]) or scaling(item) for item in chosen]
     dn = raw.copy(data=_scaled(raw.data, decided)).rename("dn")
+    present = [band for band in bands if any(asset_key(item, band) for item in items)]
+    dn.attrs["bands_present"] = present
     layers = xr.Dataset({"dn": dn, "scl": classes.drop_vars("band", errors="ignore")})
     layers = layers.assign_coords(acquisition=("time", np.array([acquisition_id(i) for i in chosen], dtype=str)))
+    layers.attrs["bands_present"] = present
     layers.attrs["offsets"] = {i["id"]: f"{d.offset} ({d.reason})" for i, d in zip(chosen, decided, strict=True)}
     return layers.rio.write_crs(crs_wkt(grid.epsg))
 
@@ -187,6 +190,7 @@ def _odc(
         parsed = [pystac.Item.from_dict(item) for item in items]
     loaded = odc.stac.load(
         parsed,
+        patch_url=partial(signed, access=access),
         bands=[band for band in bands if any(band in item["assets"] for item in items)],
         geobox=GeoBox(grid.shape, grid.transform, f"EPSG:{grid.epsg}"),
         groupby="id",

@@ -38,6 +38,8 @@ def export(
         raise InputError(f"can't export to {out.name!r}: endings are {', '.join(writers)}")
     if threshold is not None and not 0 <= threshold <= 1:
         raise InputError(f"threshold {threshold} is a probability, 0 to 1")
+    if out.is_dir():
+        raise InputError(f"{out} is a folder: give the name of a file")
     if not out.absolute().parent.is_dir():
         raise InputError(f"folder {out.absolute().parent} does not exist: make it first")
     data = open_map(path, zone)
@@ -138,7 +140,7 @@ def write_picture(data: xr.Dataset, out: Path, *, threshold: float | None, store
     limit = about["recipe"]["threshold"] if threshold is None else threshold
     data = _cropped(data)
     percent, ground, kilometres = _panels(data)
-    ratio = percent.shape[0] / percent.shape[1]
+    ratio = min(3.0, max(0.3, percent.shape[0] / percent.shape[1]))
     figure, axes = plt.subplots(1, 2, figsize=(14, 7 * ratio + 1.1), layout="constrained")
     extent = (0.0, kilometres[1], 0.0, kilometres[0])
     axes[0].imshow(ground, extent=extent, interpolation="nearest")

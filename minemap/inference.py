@@ -26,6 +26,7 @@ from .tiles import Layout, run_windows
 
 NOT_OBSERVED = 255  # in per cent maps
 PRECISIONS = ("bf16", "fp32")
+_LOADING = threading.Lock()  # lru_cache would let two threads load the network at once
 BATCH = {"cpu": 4, "cuda": 32}
 
 
@@ -144,7 +145,8 @@ def probability(image: np.ndarray, checkpoint: Checkpoint, settings: Settings) -
     image: float32 (band, y + 2 halo, x + 2 halo), bands in the checkpoint's order, whole windows in y and x.
     One image at a time in a process: the network is behind a lock.
     """
-    runner = _runner(checkpoint.path, checkpoint.sha256, settings)
+    with _LOADING:
+        runner = _runner(checkpoint.path, checkpoint.sha256, settings)
     with runner.lock:
         return run_windows(image, runner, layout(checkpoint), runner.map)
 

@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -18,25 +18,27 @@ import dask
 import dask.array as da
 import numpy as np
 import xarray as xr
+from rasterio.errors import RasterioError
 
 from . import __version__
 from .checkpoint import Checkpoint, load_model
 from .cluster import GPU, TASK_THREADS, connect, worker_count
 from .compositing import Rule, composite_layers
 from .cube import READERS, load_layers
-from .errors import InputError
+from .errors import InputError, NoItemsError, ReadError, StoreError
 from .grid import CELL, CHUNK, CHUNKS, WINDOW, BBox, Grid, check_bbox, grids, pixel_area_km2, wanted_windows
 from .inference import NOT_OBSERVED, Settings, percent, probability
 from .reader import Access, read_overview
 from .scenes import Acquisition, Period, Scenes, Source, parse_months, parse_period, search, search_area, source
 from .sentinel2 import NODATA, OFFSET, SCL, SCL_MASKED, Item, Scaling, asset_key, contradicts, scaling
-from .store import QUICKLOOK, Store, parameters_hash, write_atomically
+from .store import QUICKLOOK, Store, file_name, parameters_hash, write_atomically
 
 if TYPE_CHECKING:
     import shapely
     from distributed import Client
 
 COUNTS = ("km2_total", "km2_observed", "km2_mine", "computed")
+AOI = "aoi.wkt"  # in the meta folder
 READ_THREADS = 8  # assets read at a time by one task: remote reads wait more than they compute
 RETRIES = 3  # a task whose worker died starts again elsewhere, this often
 QUICKLOOK_WHITE = 0.3  # reflectance that is white in a quicklook
@@ -117,6 +119,7 @@ class Job:
     access: Access
     reader: str
     keep_composite: bool
+    aoi: bool  # whether the store's meta folder holds an area to clip to
 
 
 @dataclass(frozen=True)
@@ -182,14 +185,16 @@ def plan(bbox: BBox, date: str | Period, out: str | Path | None = None, **option
         raise InputError(
             f"model {checkpoint.recipe.name} has windows of {checkpoint.recipe.window} px, maps have {WINDOW}"
         )
-    store = Store(Path(out)) if out is not None else None
+    store = Store.at(out) if out is not None else None
     settings = Settings.for_machine(o.precision or _stored_precision(store, o))
     work = [w for grid in grids(box, o.chunk) for w in _wanted(grid, box, area, o)]
     if not work:
-        raise InputError("the aoi and the bbox have no place in common")
+        if o.aoi:
+            raise InputError(f"aoi {o.aoi} and bbox {' '.join(map(str, box))} have no place in common")
+        raise InputError(f"bbox {' '.join(map(str, box))} holds no pixel of {checkpoint.recipe.resolution:g} m")
     made = Plan(box, period, o, where, checkpoint, settings, grids(box, o.chunk, extent=o.extent), work, {}, 0)
     if store is not None:
-        store.check(made.parameters, overwrite=o.overwrite)
+        store.check(made.parameters, made.grids, overwrite=o.overwrite)
     return _with_scenes(made, store)
 
 
@@ -201,9 +206,12 @@ def _stored_precision(store: Store | None, options: Options) -> str | None:
 
 
 def _wanted(grid: Grid, bbox: BBox, area: shapely.Geometry | None, options: Options) -> Iterator[Work]:
+    import shapely
+
+    within = in_zone(area, grid.epsg) if area is not None else None
     for tile in grid.tiles(options.chunk):
         windows = wanted_windows(tile, bbox)
-        if windows is None or (area is not None and not _meets(tile, area)):
+        if windows is None or (within is not None and not within.intersects(shapely.box(*tile.bounds))):
             continue
         side = options.chunk // WINDOW
         yield Work(tile, windows if options.extent == "bbox" else (0, side, 0, side))
@@ -212,25 +220,34 @@ def _wanted(grid: Grid, bbox: BBox, area: shapely.Geometry | None, options: Opti
 def _with_scenes(made: Plan, store: Store | None) -> Plan:
     """The plan with scenes chosen for each cell whose choice is not frozen yet."""
     o = made.options
-    use_frozen = store is not None and not o.refresh and not o.overwrite
+    use_frozen = store is not None and store.exists() and not o.refresh and not o.overwrite
     cells = sorted({(w.tile.epsg, w.tile.cell) for w in made.work})
     done = [c for c in cells if use_frozen and store and store.read_cell(f"utm{c[0]}", c[1], made.period) is not None]
     open_cells = [c for c in cells if c not in set(done)]
     chosen: dict[tuple[str, tuple[int, int]], list[Acquisition]] = {}
+    empty: list[NoItemsError] = []
     for epsg in sorted({epsg for epsg, _ in open_cells}):
         zone = [w.tile for w in made.work if w.tile.epsg == epsg and (epsg, w.tile.cell) in set(open_cells)]
-        items = search(
-            search_area(_around(zone)),
-            made.period,
-            stac=made.source,
-            max_cloud=o.max_cloud,
-            months=parse_months(o.months),
-        )
+        try:
+            items = search(
+                search_area(_around(zone)),
+                made.period,
+                stac=made.source,
+                max_cloud=o.max_cloud,
+                months=parse_months(o.months),
+            )
+        except NoItemsError as error:  # a zone of open sea must not lose its neighbour's map
+            empty.append(error)
+            items = []
         scenes = Scenes(items, o.max_scenes)
         for tile in zone:
             if (tile.group, tile.cell) not in chosen:
                 chosen[tile.group, tile.cell] = scenes.choose(epsg, tile.cell)
     planned = replace(made, cells=chosen, frozen=len(done))
+    if empty and not planned.items and not done:
+        raise empty[0]
+    for nothing in empty:
+        warnings.warn(f"part of the box stays unobserved: {nothing}", stacklevel=2)
     blind = sum(asset_key(item, SCL) is None for item in planned.items)
     if blind:
         warnings.warn(f"{blind} of {len(planned.items)} items have no SCL: their clouds are not masked", stacklevel=2)
@@ -266,24 +283,17 @@ def map_area(
     """
     start = time.monotonic()
     made = plan(bbox, date, out, **options)
-    store = Store(Path(out).absolute())
-    with store.locked():
-        index = _prepare(made, store)
-        with connect(cluster, workers) if client is None else _given(client) as connected:
-            job = _job(made, store, index, worker_count(connected, workers))
-            counts = _run(made.work, job, connected, progress, gpu=cluster == "gpu")
+    store = Store.at(out)
+    with connect(cluster, workers) if client is None else nullcontext(client) as connected, store.locked():
+        job = _job(made, store, _prepare(made, store), worker_count(connected, workers))
+        counts = _run(made.work, job, connected, progress, gpu=cluster == "gpu")
     return _summary(made, store, counts, time.monotonic() - start)
-
-
-@contextmanager
-def _given(client: Client) -> Iterator[Client]:
-    yield client
 
 
 def _prepare(made: Plan, store: Store) -> dict[str, int]:
     """Makes the store or checks it again, adds zones and the period, freezes the choice of scenes."""
     o = made.options
-    store.check(made.parameters, overwrite=o.overwrite)
+    store.check(made.parameters, made.grids, overwrite=o.overwrite)
     if o.overwrite or not store.exists():
         store.create(_attributes(made))
     index = {}
@@ -294,9 +304,12 @@ def _prepare(made: Plan, store: Store) -> dict[str, int]:
     if made.items or not (store.meta / "items.json").exists():
         store.write_items([_with_decision(item) for item in made.items])
     for (group, cell), acquisitions in made.cells.items():
-        store.write_cell(group, cell, made.period, [[item["id"] for item in a.items] for a in acquisitions])
+        ids = [[item["id"] for item in a.items] for a in acquisitions]
+        if store.read_cell(group, cell, made.period) not in (None, ids):  # --refresh found others
+            store.mark_stale(group, cell, made.period)
+        store.write_cell(group, cell, made.period, ids)
     if o.aoi:
-        write_atomically(store.meta / "aoi.wkt", load_aoi(o.aoi).wkt)
+        write_atomically(store.meta / AOI, load_aoi(o.aoi).wkt)
     return index
 
 
@@ -330,6 +343,7 @@ def _job(made: Plan, store: Store, index: dict[str, int], sharing: int) -> Job:
         access=Access.of(made.source),
         reader=made.options.reader,
         keep_composite=made.options.keep_composite,
+        aoi=made.options.aoi is not None,
     )
 
 
@@ -347,7 +361,8 @@ def _run(
         counts = graph(work, job)
     scheduler: dict[str, Any] = {"scheduler": "threads", "num_workers": TASK_THREADS} if client is None else {}
     # Annotations are lost when tasks are fused
-    with _watched(work, job, progress), dask.config.set({"optimization.fuse.active": False}):
+    quiet = dask.config.set({"optimization.fuse.active": False})
+    with quiet, _watched(work, job, progress), client.as_current() if client else nullcontext():
         return counts.compute(**scheduler).values
 
 
@@ -389,10 +404,10 @@ def _watched(work: list[Work], job: Job, progress: Callable[[int, int], None] | 
     thread.start()
     try:
         yield
-        look()
     finally:
         over.set()
         thread.join()
+    look()
 
 
 # --- one super-tile ---------------------------------------------------------------------------------------------
@@ -402,9 +417,11 @@ def make_tile(work: Work, job: Job) -> dict[str, float]:
     """Reads, composites, predicts and writes one super-tile, unless the ledger has it; returns its counts."""
     record = job.store.record(work.tile, job.period)
     index = job.index[work.tile.group]
-    if record is not None and _holds(record["windows"], work.windows):
+    if record is not None and not record.get("stale") and _holds(record["windows"], work.windows):
         answer = job.store.read_tile(work.inner, index, "probability")
         return {**count(answer, work.inner, job), "computed": 0.0}
+    if record is not None:  # a shard is written whole: what an earlier box had of it is made again with ours
+        work = replace(work, windows=_union(record["windows"], work.windows))
     start = time.monotonic()
     image, observations, items, asked = _image(work.inner, job)
     halo = job.checkpoint.recipe.halo
@@ -439,13 +456,19 @@ def _holds(done: list[int], wanted: tuple[int, int, int, int]) -> bool:
     return done[0] <= wanted[0] and done[1] >= wanted[1] and done[2] <= wanted[2] and done[3] >= wanted[3]
 
 
+def _union(one: list[int], other: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
+    return min(one[0], other[0]), max(one[1], other[1]), min(one[2], other[2]), max(one[3], other[3])
+
+
 def _image(inner: Grid, job: Job) -> tuple[np.ndarray, np.ndarray, list[str], dict[str, str]]:
     """The composite with the model's halo, read from the source, and the clear looks without the halo."""
     halo = job.checkpoint.recipe.halo
     seen = inner.buffered(halo)
     bands = job.checkpoint.recipe.bands
-    ids = [name for group in job.store.read_cell(inner.group, inner.cell, job.period) or [] for name in group]
-    items = [job.store.read_item(name) for name in ids]
+    chosen = job.store.read_cell(inner.group, inner.cell, job.period)
+    if chosen is None:
+        raise StoreError(f"{job.store.meta} has lost the scenes of cell {inner.cell}: run again with --refresh")
+    items = [job.store.read_item(name) for acquisition in chosen for name in acquisition]
     decided = {item["id"]: decide(item, job) for item in items}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*no SCL")  # plan() has said so
@@ -467,7 +490,10 @@ def _image(inner: Grid, job: Job) -> tuple[np.ndarray, np.ndarray, list[str], di
 def _loaded(lazy: da.Array, pool: ThreadPoolExecutor) -> np.ndarray:
     """A lazy array read straight into place, without a second copy for the concatenation."""
     out = np.empty(lazy.shape, lazy.dtype)
-    da.store(lazy, out, lock=False, scheduler="threads", pool=pool)
+    try:
+        da.store(lazy, out, lock=False, scheduler="threads", pool=pool)
+    except RasterioError as error:  # odc-stac's; our own reader raises ReadError
+        raise ReadError(f"an asset can't be read: {str(error).splitlines()[0]}") from error
     return out
 
 
@@ -476,7 +502,7 @@ def decide(item: Item, job: Job) -> Scaling:
     said = scaling(item)
     if said.offset != OFFSET:
         return said
-    path = job.store.meta / "offsets" / f"{item['id']}.json"
+    path = job.store.meta / "offsets" / f"{file_name(item['id'])}.json"
     if path.exists():
         return Scaling(**json.loads(path.read_text()))
     key = asset_key(item, "blue")
@@ -489,9 +515,8 @@ def decide(item: Item, job: Job) -> Scaling:
 
 def _valid(inner: Grid, job: Job) -> np.ndarray:
     """Which pixels may be mapped: the zone's own and, with --aoi, those within it; bool (y, x)."""
-    aoi = job.store.meta / "aoi.wkt"
     own = inner.owned()
-    return own & _inside_aoi(inner, aoi) if aoi.exists() else own
+    return own & _inside_aoi(inner, job.store.meta / AOI) if job.aoi else own
 
 
 def _whole(name: str, data: np.ndarray, work: Work) -> np.ndarray:
@@ -512,9 +537,8 @@ def mine_from(checkpoint: Checkpoint) -> int:
 def count(answer: np.ndarray, inner: Grid, job: Job) -> dict[str, float]:
     """km² on the ellipsoid within the asked box (and aoi): in all, observed, mine."""
     asked = inner.inside(job.bbox)
-    aoi = job.store.meta / "aoi.wkt"
-    if aoi.exists():
-        asked &= _inside_aoi(inner, aoi)
+    if job.aoi:
+        asked &= _inside_aoi(inner, job.store.meta / AOI)
     area = pixel_area_km2(inner) * asked
     observed = answer != NOT_OBSERVED
     mine = observed & (answer >= mine_from(job.checkpoint))
@@ -563,26 +587,35 @@ def aoi_hash(path: str | Path | None) -> str | None:
     return parameters_hash({"aoi": load_aoi(path).wkt}) if path else None
 
 
-def _meets(tile: Grid, area: shapely.Geometry) -> bool:
-    from shapely.geometry import box
+def in_zone(area: shapely.Geometry, epsg: int) -> shapely.Geometry:
+    """The part of an area (degrees) in and around a zone, in the zone's metres; may be empty.
 
-    return bool(area.intersects(box(*tile.lonlat_bounds)))
+    Clipped in degrees first: far from its zone a projection folds, and at the antimeridian the area goes on.
+    """
+    import geopandas
+    import shapely
+    from shapely.affinity import translate
+
+    west = (epsg % 100) * 6 - 186
+    around = shapely.box(west - 1, -90, west + 7, 90)
+    parts = shapely.union_all([translate(area, dx).intersection(around) for dx in (-360, 0, 360)])
+    return geopandas.GeoSeries([shapely.segmentize(parts, 0.01)], crs=4326).to_crs(epsg).iloc[0]
 
 
 def _inside_aoi(grid: Grid, path: Path) -> np.ndarray:
     from rasterio.features import geometry_mask
 
-    area = _aoi_in_zone(path, grid.epsg)
+    area = _read_aoi(path, path.stat().st_mtime_ns, grid.epsg)
+    if area.is_empty:
+        return np.zeros(grid.shape, bool)
     return geometry_mask([area], grid.shape, grid.transform, invert=True)
 
 
 @lru_cache(maxsize=8)
-def _aoi_in_zone(path: Path, epsg: int) -> shapely.Geometry:
-    import geopandas
+def _read_aoi(path: Path, _version: int, epsg: int) -> shapely.Geometry:
     import shapely
 
-    area = shapely.segmentize(shapely.from_wkt(path.read_text()), 0.01)
-    return geopandas.GeoSeries([area], crs=4326).to_crs(epsg).iloc[0]
+    return in_zone(shapely.from_wkt(path.read_text()), epsg)
 
 
 # --- what a run says at its end ---------------------------------------------------------------------------------

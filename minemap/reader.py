@@ -36,6 +36,8 @@ TOLERANCE = 1e-12  # pixels; 0 crashes GDAL
 ALLOW_VARIABLE = "MINEMAP_ALLOW_HOSTS"
 KNOWN_HOSTS = (".amazonaws.com", ".blob.core.windows.net", ".copernicus.eu", ".usgs.gov")
 
+SIGNED_HOSTS = ".blob.core.windows.net"  # the Planetary Computer's
+
 GDAL_OPTIONS: dict[str, Any] = {
     "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",
     "GDAL_HTTP_MAX_RETRY": 8,
@@ -67,7 +69,7 @@ class Access:
     def of(source: Any) -> Access:
         """For the items of a `scenes.Source`."""
         if source.is_file:
-            return Access()
+            return Access(sign=True)
         extra = tuple(filter(None, os.environ.get(ALLOW_VARIABLE, "").split(",")))
         return Access(False, (urlsplit(source.url).hostname or "", *KNOWN_HOSTS, *extra), source.signed)
 
@@ -131,11 +133,11 @@ def _attempted(href: str, access: Access, read: Callable[[Any], np.ndarray]) -> 
     for attempt in range(ATTEMPTS if "://" in href else 1):
         if attempt:
             time.sleep(PAUSE * 2**attempt)
-        signed = _signed(href, access)
+        address = signed(href, access)
         # GDAL keeps what it has read of an address, failures too: look afresh the second time
-        fresh = {"CPL_VSIL_CURL_NON_CACHED": f"/vsicurl/{signed}"} if attempt else {}
+        fresh = {"CPL_VSIL_CURL_NON_CACHED": f"/vsicurl/{address}"} if attempt else {}
         try:
-            with rasterio.Env(**GDAL_OPTIONS, **fresh), _open(signed) as source:
+            with rasterio.Env(**GDAL_OPTIONS, **fresh), _open(address) as source:
                 if source.count != 1:
                     raise RasterioIOError(f"has {source.count} bands, 1 is expected")
                 if source.crs is None:
@@ -146,8 +148,9 @@ def _attempted(href: str, access: Access, read: Callable[[Any], np.ndarray]) -> 
     raise ReadError(f"asset {href!r} can't be read: {str(problem).splitlines()[0]}") from problem
 
 
-def _signed(href: str, access: Access) -> str:
-    if not access.sign:
+def signed(href: str, access: Access) -> str:
+    """`href` with a Planetary Computer token, where the source asks for that."""
+    if not access.sign or not (urlsplit(href).hostname or "").endswith(SIGNED_HOSTS):
         return href
     import planetary_computer
 

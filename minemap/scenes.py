@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import unquote, urljoin, urlsplit
 
 import shapely
 from shapely.geometry import box, shape
@@ -178,11 +178,11 @@ def _filter(
 ) -> list[Item]:
     items = tally.keep(items, (when.holds(moment(i)) for i in items), "the period")
     items = tally.keep(items, (not months or moment(i).month in months for i in items), "--months")
-    items = tally.keep(items, (cloud(i) <= max_cloud for i in items), f"--max-cloud {max_cloud:g}")
     has_bands = (any(asset_key(i, band) for band in BANDS) for i in items)
     items = tally.keep(items, has_bands, "having none of the bands")
     best = {item["id"] for item in newest(items)}
-    return tally.keep(items, (i["id"] in best for i in items), "being an older version of another")
+    items = tally.keep(items, (i["id"] in best for i in items), "being an older version of another")
+    return tally.keep(items, (cloud(i) <= max_cloud for i in items), f"--max-cloud {max_cloud:g}")
 
 
 def _fetch(where: Source, bbox: BBox, period: Period) -> Iterator[Item]:
@@ -225,8 +225,8 @@ def _from_api(where: Source, bbox: BBox, period: Period) -> Iterator[Item]:
 def _from_file(where: Source, bbox: BBox) -> Iterator[Item]:
     try:
         content = json.loads(Path(where.url).read_text())
-        raw = content if isinstance(content, list) else content.get("features") or [content]
-        items = [_clean(item, base=Path(where.url).as_uri()) for item in raw]
+        raw = content if isinstance(content, list) else content.get("features", [content])
+        items = [_clean(item, base=Path(where.url)) for item in raw]
         areas = [_area(item) for item in items]
     except (ValueError, KeyError, TypeError, AttributeError, shapely.errors.ShapelyError) as error:
         raise CatalogueError(f"item file {where.name} is not a STAC ItemCollection: {_first_line(error)}") from error
@@ -250,21 +250,30 @@ def _self_link(item: Item) -> str:
     return next((link["href"] for link in item.get("links", []) if link.get("rel") == "self"), "")
 
 
-def _clean(item: Item, *, base: str) -> Item:
+def _clean(item: Item, *, base: str | Path) -> Item:
     """A copy with what we read and nothing else: our assets, absolute hrefs, `proj:epsg` beside `proj:code`."""
     keys = filter(None, (asset_key(item, band) for band in (*BANDS, SCL)))
     assets = {key: _clean_asset(item["assets"][key], base) for key in keys}
     properties = _with_epsg(item["properties"])
     moment({"properties": properties, "id": item["id"]})
-    kept: Item = {
-        key: item[key] for key in ("type", "stac_version", "id", "collection", "bbox", "geometry") if key in item
-    }
+    names = ("type", "stac_version", "id", "collection", "bbox", "geometry")
+    kept: Item = {name: item[name] for name in names if name in item}
+    if not kept.get("bbox"):
+        kept["bbox"] = list(shape(item["geometry"]).bounds)
     return {**kept, "properties": properties, "assets": assets, "links": []}
 
 
-def _clean_asset(asset: dict[str, Any], base: str) -> dict[str, Any]:
-    href = urljoin(base, asset["href"])
-    return {**_with_epsg(asset), "href": href.removeprefix("file://")}
+def _clean_asset(asset: dict[str, Any], base: str | Path) -> dict[str, Any]:
+    return {**_with_epsg(asset), "href": _absolute(asset["href"], base)}
+
+
+def _absolute(href: str, base: str | Path) -> str:
+    """An href as an address or a plain path. base: the item's own address, or the item file's path."""
+    if isinstance(base, str):
+        return urljoin(base, href)
+    if href.startswith("file://"):
+        return unquote(href.removeprefix("file://"))
+    return href if "://" in href or href.startswith("/vsi") else str((base.parent / href).resolve())
 
 
 def _with_epsg(fields: dict[str, Any]) -> dict[str, Any]:
@@ -307,11 +316,12 @@ def newest(items: list[Item]) -> list[Item]:
     Newest: highest baseline, then highest sequence number, then latest made, then id. Two datastrips of one
     tile (their footprints hardly overlap) are no versions of each other.
     """
-    kept: list[Item] = []
+    kept: dict[tuple[str, str], list[Item]] = {}
     for item in sorted(items, key=_version, reverse=True):
-        if not any(_same_ground(item, other) for other in kept if _tile_key(item) == _tile_key(other)):
-            kept.append(item)
-    return kept
+        rivals = kept.setdefault(_tile_key(item), [])
+        if not any(_same_ground(item, other) for other in rivals):
+            rivals.append(item)
+    return [item for rivals in kept.values() for item in rivals]
 
 
 def _version(item: Item) -> tuple[float, int, str, str]:

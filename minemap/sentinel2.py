@@ -57,7 +57,9 @@ def asset_key(item: Item, band: str) -> str | None:
         if name in assets:
             return name
     for key, asset in assets.items():
-        common = [b.get("common_name") for b in asset.get("eo:bands") or asset.get("bands") or []]
+        common = [
+            b.get("common_name") or b.get("eo:common_name") for b in asset.get("eo:bands") or asset.get("bands") or []
+        ]
         if common == [band]:
             return key
     return None
@@ -106,8 +108,8 @@ def _stated(item: Item) -> Scaling:
     key = asset_key(item, "blue")
     asset = item["assets"].get(key, {})
     band = (asset.get("raster:bands") or asset.get("bands") or [{}])[0]
-    scale = band.get("scale", band.get("raster:scale"))
-    offset = band.get("offset", band.get("raster:offset"))
+    scale = band.get("scale", band.get("raster:scale", asset.get("raster:scale")))
+    offset = band.get("offset", band.get("raster:offset", asset.get("raster:offset")))
     if scale is None:
         return Scaling(0, SCALE, "nothing stated: reflectance x 10,000")
     return Scaling(round((offset or 0) / scale), scale, f"raster:bands scale {scale}, offset {offset or 0}")

@@ -19,10 +19,11 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import quote
 
 import numpy as np
 import rioxarray  # noqa: F401 (registers the .rio accessor)
@@ -41,6 +42,7 @@ from .sentinel2 import Item
 VERSION = 1  # of the layout
 QUICKLOOK = 8  # pixels of the map to one of the quicklook, on each side
 EPOCH = date(1970, 1, 1)
+NO_TIME = -(2**31)  # days; a period whose adding was cut short
 LAYERS = ("probability", "observations", "quicklook", "composite")
 
 CONVENTIONS = [
@@ -71,6 +73,13 @@ class Store:
 
     path: Path
 
+    @staticmethod
+    def at(out: str | Path) -> Store:
+        """The store of a name as a user gives it. Raises InputError for an object store's address."""
+        if "://" in str(out):
+            raise InputError(f"output {out} is an address: stores are local folders or shared file systems")
+        return Store(Path(out).expanduser().resolve())
+
     @property
     def meta(self) -> Path:
         return self.path.with_name(self.path.name + ".meta")
@@ -90,8 +99,8 @@ class Store:
             raise StoreError(f"{self.path} is a Zarr store, but not one of minemap; choose another output")
         return attributes
 
-    def check(self, parameters: dict[str, Any], *, overwrite: bool = False) -> None:
-        """Whether a run with `parameters` may write here; touches nothing. Raises StoreError."""
+    def check(self, parameters: dict[str, Any], grids: list[Grid], *, overwrite: bool = False) -> None:
+        """Whether a run with `parameters` over `grids` may write here; touches nothing. Raises StoreError."""
         if not self.exists():
             parent = next(p for p in self.path.absolute().parents if p.exists())
             if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
@@ -108,6 +117,13 @@ class Store:
                     f"{self.path} was made with {name} = {_short(stored['parameters'].get(name))}, this run has "
                     f"{_short(value)}: use the same, another output, or --overwrite"
                 )
+        present = set(self.groups())
+        for grid in grids:
+            if grid.group in present and not self.grid(grid.group).covers(grid):
+                raise StoreError(
+                    f"{self.path} covers another area of {grid.group}: give the same bbox, another output, or make "
+                    "the store with --extent zone, into which any areas merge"
+                )
 
     def create(self, attributes: dict[str, Any]) -> None:
         """An empty store, in place of whatever of ours was there."""
@@ -116,8 +132,12 @@ class Store:
         try:
             zarr.create_group(draft, zarr_format=3, attributes={"minemap:layout": VERSION, **attributes})
             draft.chmod(0o777 & ~_umask())
-            for old in (self.path, self.meta / "ledger", self.meta / "cells"):
-                shutil.rmtree(old, ignore_errors=True)
+            # The ledger first: without records nothing counts as done, wherever this stops
+            for name in ("ledger", "cells", "items", "offsets"):
+                shutil.rmtree(self.meta / name, ignore_errors=True)
+            for name in ("items.json", "aoi.wkt"):
+                (self.meta / name).unlink(missing_ok=True)
+            shutil.rmtree(self.path, ignore_errors=True)
             draft.rename(self.path)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
@@ -142,7 +162,7 @@ class Store:
 
     def groups(self) -> list[str]:
         """Names of the zones' groups."""
-        return sorted(name for name, _ in self._zone("").groups())
+        return sorted(name for name, _ in self._zone("").groups() if name.startswith("utm"))
 
     def _zone(self, group: str, mode: Literal["r", "r+"] = "r") -> zarr.Group:
         # Not through the consolidated metadata: those are for readers, and lag behind while we change shapes
@@ -151,16 +171,14 @@ class Store:
     def add_zone(self, grid: Grid, chunk: int, bands: tuple[str, ...] | None) -> None:
         """The group of `grid`'s zone with arrays over `grid`; bands: of the composite, None to keep none.
 
-        Where the group is there already, StoreError unless it covers the grid.
+        Nothing to do where the group is there already. Made under another name and renamed, so it is whole or not
+        there.
         """
         if grid.group in self.groups():
-            if not self.grid(grid.group).covers(grid):
-                raise StoreError(
-                    f"{self.path} covers another area of {grid.group}: give the same bbox, another output, or make "
-                    "the store with --extent zone, into which any areas merge"
-                )
             return
-        group = self._zone("", "r+").create_group(grid.group, attributes=_zone_attributes(grid))
+        draft = f"draft-{grid.group}"
+        shutil.rmtree(self.path / draft, ignore_errors=True)
+        group = self._zone("", "r+").create_group(draft, attributes=_zone_attributes(grid))
         layers: dict[str, _Layer] = {
             "probability": _Layer("uint8", NOT_OBSERVED, {"long_name": "probability of mine", "units": "percent"}),
             "observations": _Layer("uint8", None, {"long_name": "number of clear acquisitions", "units": "1"}),
@@ -188,17 +206,18 @@ class Store:
             attributes={"long_name": f"red, green, blue of the composite, {QUICKLOOK} px means, 0 = not observed"},
         )
         _coordinates(group, grid)
+        (self.path / draft).rename(self.path / grid.group)
 
     def add_period(self, group: str, period: Period) -> int:
         """Index of `period` on the group's time axis, appended when it is new. Call it under `locked`."""
         zone = self._zone(group, "r+")
-        bounds = np.asarray(_array(zone, "time_bounds")[:])
+        bounds = _bounds(zone)
         wanted = [(period.start - EPOCH).days, (period.end - EPOCH).days]
         found = np.flatnonzero((bounds == wanted).all(axis=1))
         if len(found):
             return int(found[0])
         n = len(bounds)
-        # time last: what is not on the time axis does not exist for a reader
+        # time last: a row without a time does not exist, and the next run uses it
         names = [name for name, array in zone.arrays() if _dims(array)[:1] == ("time",)]
         for name in sorted(names, key=lambda name: name == "time"):
             array = _array(zone, name)
@@ -209,8 +228,7 @@ class Store:
 
     def periods(self, group: str) -> list[Period]:
         """In the order of the time axis."""
-        days = np.asarray(_array(self._zone(group, "r"), "time_bounds")[:])
-        return [Period(_day(int(start)), _day(int(end))) for start, end in days]
+        return [Period(_day(int(start)), _day(int(end))) for start, end in _bounds(self._zone(group))]
 
     def grid(self, group: str) -> Grid:
         """What the group's arrays cover."""
@@ -260,6 +278,16 @@ class Store:
     def write_record(self, tile: Grid, period: Period, record: dict[str, Any]) -> None:
         write_atomically(self.record_path(tile, period), json.dumps(record))
 
+    def mark_stale(self, group: str, cell: tuple[int, int], period: Period) -> None:
+        """Super-tiles of a cell that were made from other scenes than now are to be made again."""
+        grid = self.grid(group)
+        shards = _array(self._zone(group), "probability").shards or (1, WINDOW, WINDOW)
+        for path in (self.meta / "ledger" / group / period.slug).glob("[!.]*.json"):
+            column, row = (int(n) * shards[-1] for n in path.stem.split("_"))
+            tile = replace(grid, left=column * grid.resolution, top=row * grid.resolution)
+            if tile.cell == cell:
+                write_atomically(path, json.dumps({**json.loads(path.read_text()), "stale": True}))
+
     # --- scenes -------------------------------------------------------------------------------------------------
 
     def cell_path(self, group: str, cell: tuple[int, int], period: Period) -> Path:
@@ -278,13 +306,18 @@ class Store:
     def write_items(self, items: list[Item]) -> None:
         """Adds items to those that were used, one file each and all in `items.json`, an ItemCollection."""
         for item in items:
-            write_atomically(self.meta / "items" / f"{item['id']}.json.gz", json.dumps(item))
+            write_atomically(self.meta / "items" / f"{file_name(item['id'])}.json.gz", json.dumps(item))
         names = sorted((self.meta / "items").glob("*.json.gz"))
         every = [json.loads(gzip.decompress(name.read_bytes())) for name in names]
         write_atomically(self.meta / "items.json", json.dumps({"type": "FeatureCollection", "features": every}))
 
     def read_item(self, name: str) -> Item:
-        return json.loads(gzip.decompress((self.meta / "items" / f"{name}.json.gz").read_bytes()))
+        return json.loads(gzip.decompress((self.meta / "items" / f"{file_name(name)}.json.gz").read_bytes()))
+
+
+def file_name(name: str) -> str:
+    """A catalogue's id as a file's name that stays in its folder."""
+    return quote(name, safe="").replace(".", "%2E")
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -324,6 +357,8 @@ def open_map(path: str | Path, zone: str | None = None) -> xr.Dataset:
 
 def _trimmed(data: xr.Dataset, store: Store, group: str, chunk: int) -> xr.Dataset:
     grid = store.grid(group)
+    if not store.meta.is_dir():
+        return data  # a copy without its ledger: nothing says what is done, so nothing is cut
     done = [p.stem.split("_") for p in (store.meta / "ledger" / group).glob("*/[!.]*.json")]
     if not done:
         return data.isel(y=slice(0, 0), x=slice(0, 0), y80=slice(0, 0), x80=slice(0, 0))
@@ -344,6 +379,8 @@ def _trimmed(data: xr.Dataset, store: Store, group: str, chunk: int) -> xr.Datas
 
 
 def _reason(path: Path) -> str:
+    if not path.exists():
+        return "it does not exist"
     return "it is a file" if path.is_file() else "choose another output, or a store that minemap made"
 
 
@@ -394,6 +431,13 @@ def _array(group: zarr.Group, name: str) -> zarr.Array:
     array = group[name]
     assert isinstance(array, zarr.Array), name
     return array
+
+
+def _bounds(zone: zarr.Group) -> np.ndarray:
+    """First and last day of every period that was added whole, int64 (period, 2)."""
+    times = np.asarray(_array(zone, "time")[:])
+    whole = times != NO_TIME
+    return np.asarray(_array(zone, "time_bounds")[:])[: int(whole.argmin()) if not whole.all() else len(times)]
 
 
 def _dims(array: zarr.Array) -> tuple[str | None, ...]:
@@ -454,7 +498,7 @@ def _series(group: zarr.Group, name: str, data: np.ndarray, dims: tuple[str, ...
         shape=data.shape,
         chunks=(1024, *data.shape[1:]),
         dtype=data.dtype,
-        fill_value=-(2**31),
+        fill_value=NO_TIME,
         dimension_names=dims,
         attributes=about,
     )

@@ -18,7 +18,8 @@ PLAIN = Rule(min_clear=1, rescue=False)
 
 def run(values, scl, looks=None, rule=PLAIN):
     looks = np.arange(len(scl)) if looks is None else np.asarray(looks)
-    return composite_looks(lambda b: values[b], len(values), scl, looks, rule)
+    present = [bool(band.any()) for band in values]
+    return composite_looks(lambda b: values[b], present, scl, looks, rule)
 
 
 @settings(deadline=None, max_examples=30)
@@ -81,6 +82,17 @@ def test_a_band_that_is_nowhere_does_not_hide_the_others():
     values[0] = 700
     image, count = run(values, np.full((3, 1, 1), 4, np.uint8))
     assert image[0, 0, 0] == pytest.approx(0.07) and np.isnan(image[1, 0, 0]) and count[0, 0] == 3
+
+
+def test_a_band_that_some_items_lack_counts_the_same_in_any_cut():
+    values = np.full((2, 4, 1, 6), 1000, np.uint16)
+    values[1, :, :, 3:] = 0
+    scl = np.full((4, 1, 6), 4, np.uint8)
+    whole = composite_looks(lambda b: values[b], [True, True], scl, np.arange(4), PLAIN)
+    right = composite_looks(lambda b: values[b][..., 3:], [True, True], scl[..., 3:], np.arange(4), PLAIN)
+    np.testing.assert_array_equal(whole[0][..., 3:], right[0])
+    np.testing.assert_array_equal(whole[1][..., 3:], right[1])
+    assert not right[1].any()
 
 
 def test_nothing_at_all():

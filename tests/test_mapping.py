@@ -21,11 +21,12 @@ from shapely.geometry import box
 import minemap
 from minemap import load_cube, map_area, open_map
 from minemap.checkpoint import load_model
+from minemap.cluster import ClusterError
 from minemap.compositing import Rule, composite
 from minemap.demo import DemoConfig, make_demo
 from minemap.errors import InputError, StoreError
 from minemap.grid import grids
-from minemap.mapping import plan
+from minemap.mapping import in_zone, plan
 from minemap.scenes import Scenes, search
 from minemap.store import Store
 
@@ -187,6 +188,93 @@ def test_a_bbox_store_refuses_another_area(made, scene, options):
         map_area((west - 0.06, south, east, north), "2023", made[0], keep_composite=True, **options)
 
 
+def test_a_second_box_in_the_same_super_tile_keeps_the_first(scene, options, tmp_path):
+    west, south, east, north = scene.bbox
+    dx, dy = (east - west) / 5, (north - south) / 5
+    words = {**options, "chunk": 2048}
+    out = tmp_path / "map.zarr"
+    map_area((west + dx, south + dy, west + 2 * dx, south + 2 * dy), "2023", out, **words)
+    first = stored(out).values.copy()
+    map_area((east - 2 * dx, north - 2 * dy, east - dx, north - dy), "2023", out, **words)
+    seen = first != 255
+    assert seen.any()
+    np.testing.assert_array_equal(stored(out).values[seen], first[seen])
+
+
+def test_a_store_removed_without_its_meta_folder_is_made_anew(inner, options, tmp_path):
+    out = tmp_path / "map.zarr"
+    first = map_area(inner, "2023", out, **options)
+    shutil.rmtree(out)
+    again = map_area(inner, "2023", out, **options)
+    assert again["super_tiles_computed"] == again["super_tiles"] and again["km2_observed"] == first["km2_observed"]
+
+
+def test_refresh_makes_tiles_with_new_scenes_again(inner, options, scene, tmp_path):
+    some = tmp_path / "items.json"
+    catalogue = json.loads(scene.items.read_text())
+    for found in catalogue["features"]:
+        for asset in found["assets"].values():
+            asset["href"] = str(scene.items.parent / asset["href"])
+    some.write_text(json.dumps({**catalogue, "features": catalogue["features"][:3]}))
+    out = tmp_path / "map.zarr"
+    words = {**options, "stac": some, "min_clear": 1, "max_cloud": 100}
+    map_area(inner, "2023", out, **words)
+    assert map_area(inner, "2023", out, refresh=True, **words)["super_tiles_computed"] == 0
+    some.write_text(json.dumps(catalogue))
+    grown = map_area(inner, "2023", out, refresh=True, **words)
+    assert grown["super_tiles_computed"] == grown["super_tiles"]
+    fresh = tmp_path / "fresh.zarr"
+    map_area(inner, "2023", fresh, **words)
+    np.testing.assert_array_equal(stored(out).values, stored(fresh).values)
+
+
+def test_half_made_zones_and_periods_are_mended(inner, options, tmp_path):
+    out = tmp_path / "map.zarr"
+    map_area(inner, "2023", out, min_clear=1, **options)
+    store = Store(out)
+    zone = zarr.open_group(out / "utm32620", mode="r+", use_consolidated=False)
+    for name in ("probability", "time_bounds", "time"):  # as a kill between two steps leaves it
+        zone[name].resize((2, *zone[name].shape[1:]))
+    (out / "draft-utm32619").mkdir()
+    assert len(store.periods("utm32620")) == 1
+    map_area(inner, "2023-01/2023-06", out, min_clear=1, **options)
+    assert [str(p) for p in store.periods("utm32620")] == ["2023-01-01/2023-12-31", "2023-01-01/2023-06-30"]
+    assert open_map(out).sizes["time"] == 2
+
+
+def test_ids_of_a_catalogue_stay_in_their_folder(inner, options, scene, tmp_path):
+    catalogue = json.loads(scene.items.read_text())
+    for number, found in enumerate(catalogue["features"]):
+        found["id"] = f"../../../evil/{number}"
+        for asset in found["assets"].values():
+            asset["href"] = str(scene.items.parent / asset["href"])
+    some = tmp_path / "deep" / "items.json"
+    some.parent.mkdir()
+    some.write_text(json.dumps(catalogue))
+    summary = map_area(inner, "2023", tmp_path / "deep" / "map.zarr", **{**options, "stac": some})
+    assert summary["km2_observed"] > 0 and [p.name for p in tmp_path.iterdir()] == ["deep"]
+
+
+def test_a_bad_cluster_leaves_the_old_map(inner, options, tmp_path):
+    out = tmp_path / "map.zarr"
+    first = map_area(inner, "2023", out, **options)
+    with pytest.raises(ClusterError, match="no Dask scheduler answers"):
+        map_area(inner, "2023", out, overwrite=True, cluster="tcp://127.0.0.1:9", **options)
+    with pytest.raises(InputError, match="workers is 0"):
+        map_area(inner, "2023", out, cluster="local", workers=0, **options)
+    again = map_area(inner, "2023", out, **options)
+    assert again["super_tiles_computed"] == 0 and again["km2_observed"] == first["km2_observed"]
+
+
+def test_an_area_is_clipped_before_it_is_projected():
+    near, far = box(-63.4, 6.2, -63.3, 6.3), box(60, -10, 150, 60)
+    both = in_zone(near.union(far), 32620)
+    assert both.area == pytest.approx(in_zone(near, 32620).area)
+    assert in_zone(box(-180, -60, 180, 80), 32620).area > 1e12
+    assert in_zone(box(-180, -17.05, -179.97, -17.0), 32760).area > 1e6
+    assert in_zone(far, 32620).is_empty
+
+
 def test_two_runs_on_one_store(made, inner, options):
     store = Store(made[0])
     with store.locked(), pytest.raises(StoreError, match="is being written by another run"):
@@ -223,11 +311,13 @@ def test_aoi_clips(inner, options, tmp_path):
     x, y = np.meshgrid(percent["x"], percent["y"])
     lon, lat = Transformer.from_crs(32620, 4326, always_xy=True).transform(x, y)
     assert not seen[(lon > area.bounds[2]) | (lat > area.bounds[3])].any()
+    again = map_area(inner, "2023", out, overwrite=True, **options)
+    assert again["km2_total"] > summary["km2_total"] * 2
     geopandas.GeoSeries([box(0, 0, 1, 1)], crs=4326).to_file(tmp_path / "far.geojson")
     with pytest.raises(InputError, match="no place in common"):
         map_area(inner, "2023", tmp_path / "x.zarr", aoi=tmp_path / "far.geojson", **options)
     with pytest.raises(StoreError, match="was made with aoi"):
-        map_area(inner, "2023", out, **options)
+        map_area(inner, "2023", out, aoi=tmp_path / "aoi.geojson", **options)
 
 
 def test_overwrite_starts_anew(inner, options, tmp_path):

@@ -85,7 +85,7 @@ def make_scene(seed: int, size: int) -> Scene:
     seen = [observe(land, surface, look) for look in plan_looks(config, year)]
     scl = np.stack([look.scl.repeat(2, 0).repeat(2, 1) for look in seen])
     bands = [np.stack([_as_read(look.numbers[b], b) for look in seen]) for b in range(len(BANDS))]
-    image, _ = composite_looks(lambda b: bands[b], len(bands), scl, np.arange(len(seen)), Rule())
+    image, _ = composite_looks(lambda b: bands[b], [True] * len(bands), scl, np.arange(len(seen)), Rule())
     mask = np.where(np.isnan(image[0]), np.uint8(IGNORE), land.truth(year))
     return Scene(image.astype(np.float16), mask)
 
