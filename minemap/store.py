@@ -162,7 +162,7 @@ class Store:
 
     def groups(self) -> list[str]:
         """Names of the zones' groups."""
-        return sorted(name for name, _ in self._zone("").groups() if name.startswith("utm"))
+        return sorted(p.parent.name for p in self.path.glob("utm*/zarr.json"))
 
     def _zone(self, group: str, mode: Literal["r", "r+"] = "r") -> zarr.Group:
         # Not through the consolidated metadata: those are for readers, and lag behind while we change shapes
@@ -174,10 +174,11 @@ class Store:
         Nothing to do where the group is there already. Made under another name and renamed, so it is whole or not
         there.
         """
+        for left_over in self.path.glob("draft-*"):
+            shutil.rmtree(left_over, ignore_errors=True)
         if grid.group in self.groups():
             return
         draft = f"draft-{grid.group}"
-        shutil.rmtree(self.path / draft, ignore_errors=True)
         group = self._zone("", "r+").create_group(draft, attributes=_zone_attributes(grid))
         layers: dict[str, _Layer] = {
             "probability": _Layer("uint8", NOT_OBSERVED, {"long_name": "probability of mine", "units": "percent"}),

@@ -156,9 +156,12 @@ def test_prediction_puts_pixels_back_where_they_were(chips: str) -> None:
     assert np.allclose(predict_mosaics(blue, recipe, some, side=3), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize(("size", "total"), [(48, 96), (448, 512), (24, 96), (32, 96), (50, 128)])
-def test_padding(size: int, total: int) -> None:
-    before, after = padding(size, 32, MARGIN)
+@pytest.mark.parametrize(
+    ("size", "seen", "total"),
+    [(48, 96, 96), (448, 96, 512), (24, 96, 96), (50, 96, 128), (48, 320, 320), (448, 320, 512)],
+)
+def test_padding(size: int, seen: int, total: int) -> None:
+    before, after = padding(size, 32, seen)
     assert before + size + after == total
     assert min(before, after) >= MARGIN
 

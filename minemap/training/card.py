@@ -34,9 +34,6 @@ def measure(checkpoint: Checkpoint, chips: Chips, rgb: Chips | None, *, precisio
     }
     found: dict[str, Any] = {name: _scores(p, chips, recipe) for name, p in answers.items()}
     whole = answers["all bands"]
-    margin = (recipe.window + 2 * recipe.halo - chips.image.shape[-1]) // 2
-    mapped = predict_chips(network, recipe, chips, precision=precision, margin=margin)
-    found["in a map's window"] = _scores(mapped, chips, recipe)
     mosaic = predict_mosaics(network, recipe, chips, precision=precision)
     found["in a mosaic of 25 chips"] = _scores(mosaic, chips, recipe)
     found["interval of mIoU"] = block_interval(whole, chips, recipe.threshold)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from minemap.checkpoint import Recipe
 from minemap.training.chips import IGNORE, Chips
-from minemap.training.evaluate import predict_chips
+from minemap.training.evaluate import QUICK, predict_chips
 
 EPSILON = 1e-6
 
@@ -42,7 +42,7 @@ def attention_map(network: Any, image: Tensor, *, differentiable: bool) -> Tenso
 
 def select_replay(chips: Chips, teacher: nn.Module, recipe: Recipe, share: float = 0.5) -> Chips:
     """The `share` of coarse chips whose labels the teacher knows best (lowest cross-entropy)."""
-    probability = np.clip(predict_chips(teacher, recipe, chips), EPSILON, 1 - EPSILON)
+    probability = np.clip(predict_chips(teacher, recipe, chips, seen=QUICK), EPSILON, 1 - EPSILON)
     loss = -np.log(np.where(chips.mask == 1, probability, 1 - probability))
     counted = chips.mask != IGNORE
     mean = (loss * counted).sum(axis=(1, 2)) / np.maximum(counted.sum(axis=(1, 2)), 1)

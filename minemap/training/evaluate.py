@@ -15,6 +15,7 @@ from minemap.training import metrics
 from minemap.training.chips import Chips
 
 MARGIN = 24  # pixels of reflection at least, on each side of a chip
+QUICK = 96  # side at least, where speed counts more than seeing a chip as a map would: while training
 PIXELS = 2**17  # of one batch
 
 
@@ -39,11 +40,16 @@ def evaluate_by(
 
 
 def predict_chips(
-    network: nn.Module, recipe: Recipe, chips: Chips, *, precision: str = "fp32", margin: int = MARGIN
+    network: nn.Module, recipe: Recipe, chips: Chips, *, precision: str = "fp32", seen: int | None = None
 ) -> NDArray[np.float32]:
-    """Probability of mine of every pixel, float32 (n, y, x)."""
+    """Probability of mine of every pixel, float32 (n, y, x).
+
+    seen: side of what the network is shown at least, in pixels; None for a map's window, so that a chip scores as it
+    would in a map (what lies around it there is not observed, and filled by reflection too).
+    """
     device = next(network.parameters()).device
-    pads = [padding(n, recipe.stride, margin) for n in chips.image.shape[-2:]]
+    side = recipe.window + 2 * recipe.halo if seen is None else seen
+    pads = [padding(n, recipe.stride, side) for n in chips.image.shape[-2:]]
     crop = (slice(None), 0, *(slice(p[0], p[0] + n) for p, n in zip(pads, chips.image.shape[-2:], strict=True)))
     found = []
     for image in _normalised(chips, recipe, pads):
@@ -67,9 +73,10 @@ def predict_mosaics(
     return pieces.reshape(-1, height, width)[:n]
 
 
-def padding(size: int, stride: int, margin: int) -> tuple[int, int]:
-    """Pixels before and after, at least `margin` each, that make a multiple of the stride."""
-    spare = -(size + 2 * margin) % stride + 2 * margin
+def padding(size: int, stride: int, seen: int) -> tuple[int, int]:
+    """Pixels before and after, at least MARGIN each, that make at least `seen` and a multiple of the stride."""
+    spare = max(seen - size, 2 * MARGIN)
+    spare += -(size + spare) % stride
     return spare // 2, spare - spare // 2
 
 

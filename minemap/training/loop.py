@@ -32,7 +32,7 @@ from minemap.training.chips import Chips, check_leakage, draw_blocks, load_chips
 from minemap.training.coarse import COARSENINGS, coarsen_chips
 from minemap.training.config import TrainConfig, as_json
 from minemap.training.continual import attention_loss, select_replay
-from minemap.training.evaluate import predict_chips
+from minemap.training.evaluate import QUICK, predict_chips
 from minemap.training.losses import LossWeights, distillation_loss, student_loss
 
 # Surface reflectance of the decided pixels of mines6's training split: mean and standard deviation by band.
@@ -258,7 +258,7 @@ def validate(network: nn.Module, recipe: Recipe, holdout: list[Chips], config: T
     network.eval()
     for i, chips in enumerate(holdout):
         if len(chips):
-            probability = predict_chips(network, recipe, chips, precision=config.precision)
+            probability = predict_chips(network, recipe, chips, precision=config.precision, seen=QUICK)
             report = metrics.report(probability, chips.mask, recipe.threshold)
             found |= {key if i == 0 else f"{key}_{i}": value for key, value in report.items()}
     network.train(was_training)
