@@ -14,7 +14,7 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 from affine import Affine
-from pyproj import CRS, Geod, Proj, Transformer
+from pyproj import CRS, Proj, Transformer
 
 from .errors import InputError
 from .sentinel2 import RESOLUTION
@@ -25,7 +25,6 @@ CHUNKS = (512, 1024, 2048)
 CELL = 20_480  # metres, side of the cell for which scenes are chosen
 MAX_LATITUDE = 84.0
 SAG = 1e-3  # degrees; the edges of a super-tile bend less than that between five points
-GEOD = Geod(ellps="WGS84")
 
 BBox = tuple[float, float, float, float]  # west, south, east, north
 

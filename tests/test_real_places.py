@@ -34,19 +34,28 @@ def reservoir(boadella, tmp_path_factory):
     return out, map_area(BOX, "2020/2022", out, stac=boadella, chunk=512)
 
 
-def test_a_reservoir_is_observed_and_is_no_mine(reservoir, boadella, shared):
+def test_a_reservoir_is_observed_and_hardly_a_mine(reservoir, boadella, shared):
     out, summary = reservoir
     assert summary["zones"] == ["utm32631"]
     assert summary["km2_observed"] / summary["km2_total"] >= 0.95
-    percent = stored(out, "probability")
-    threshold = load_model().recipe.threshold * 100
-    water = _water(boadella, percent)
+    wrong, water = _wrong_water(out, boadella)
     assert water.sum() > 2000
-    mine = (percent.values != 255) & (percent.values >= threshold)
-    wrong = mine & water
-    # The aim is none. The present model bleeds over the shore at one bright beach: see its card.
-    assert wrong.sum() <= 0.002 * water.sum()
+    assert wrong.sum() <= 0.002 * water.sum()  # a guard, not the aim: that is the next test
     assert not wrong[distance_transform_edt(water) > 3].any()
+
+
+@pytest.mark.xfail(strict=True, reason="the present model calls 20 of 21,433 px of water mine, at one bright beach")
+def test_open_water_holds_no_mine_at_all(reservoir, boadella, shared):
+    wrong, _ = _wrong_water(reservoir[0], boadella)
+    assert not wrong.any()
+
+
+def _wrong_water(out, boadella):
+    """Open water called mine, and open water, bool (y, x)."""
+    percent = stored(out, "probability")
+    water = _water(boadella, percent)
+    mine = (percent.values != 255) & (percent.values >= load_model().recipe.threshold * 100)
+    return mine & water, water
 
 
 def _water(boadella, percent):
