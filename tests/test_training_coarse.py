@@ -12,7 +12,7 @@ from shapely import MultiPolygon, Point, box
 
 from minemap.training import coarse
 from minemap.training.chips import IGNORE, Chips
-from minemap.training.coarse import BLOBS, FITTED, Coarsening, coarsen, coarsen_chips, coarsen_mask, compare
+from minemap.training.coarse import BLOBS, FITTED, Coarsening, coarsen, coarsen_chips, coarsen_mask, compare, cut_off
 
 SHARED = Path(os.environ.get("MINEMAP_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
@@ -74,3 +74,12 @@ def test_the_fit_stands_for_the_real_pairs(capsys: pytest.CaptureFixture[str]) -
     assert all(abs(real[key] - made[key]) < 0.025 for key in real)
     print(json.dumps(real))
     assert "iou" in capsys.readouterr().out
+
+
+def test_a_small_square_cuts_the_growth_from_outside() -> None:
+    square = box(0, 0, 470, 470)  # grows by 20 m on every side, beyond its own 480-m square
+    found = cut_off([square], Coarsening(buffer=20.0), cells=1)
+    assert found["whole_over_fine"] == pytest.approx(found["alone_over_fine"]) == pytest.approx(480**2 / 470**2)
+    beside = MultiPolygon([square, box(490, 0, 950, 470)])  # the neighbour's growth reaches into the first square
+    found = cut_off([beside], Coarsening(closing=20.0), cells=2)
+    assert found["alone_over_whole"] < 1
