@@ -139,6 +139,11 @@ def percent(probability: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(probability), np.uint8(NOT_OBSERVED), rounded)
 
 
+def mine_from(threshold: float) -> int:
+    """The whole per cent from which a pixel counts as mine, for a threshold of 0-1."""
+    return int(np.ceil(threshold * 100 - 1e-9))
+
+
 def probability(image: np.ndarray, checkpoint: Checkpoint, settings: Settings) -> np.ndarray:
     """Probability of mine, float32 (y, x), NaN where not observed, of an image with its halo.
 

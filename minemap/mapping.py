@@ -27,13 +27,14 @@ from .compositing import Rule, composite_layers
 from .cube import READERS, load_layers
 from .errors import InputError, NoItemsError, ReadError, StoreError
 from .grid import CELL, CHUNK, CHUNKS, WINDOW, BBox, Grid, check_bbox, grids, pixel_area_km2, wanted_windows
-from .inference import NOT_OBSERVED, Settings, percent, probability
+from .inference import NOT_OBSERVED, Settings, mine_from, percent, probability
 from .reader import Access, read_overview
 from .scenes import Acquisition, Period, Scenes, Source, parse_months, parse_period, search, search_area, source
 from .sentinel2 import NODATA, OFFSET, SCL, SCL_MASKED, Item, Scaling, asset_key, contradicts, scaling
 from .store import QUICKLOOK, Store, file_name, parameters_hash, write_atomically
 
 if TYPE_CHECKING:
+    import geopandas
     import shapely
     from distributed import Client
 
@@ -441,7 +442,7 @@ def make_tile(work: Work, job: Job) -> dict[str, float]:
         {
             "windows": work.windows,
             "observed_px": int((answer != NOT_OBSERVED).sum()),
-            "mine_px": int((answer[answer != NOT_OBSERVED] >= mine_from(job.checkpoint)).sum()),
+            "mine_px": int((answer[answer != NOT_OBSERVED] >= mine_from(job.checkpoint.recipe.threshold)).sum()),
             "probability_sum": float(np.nansum(chance, dtype=np.float64)),
             "probability_km2": float(np.nansum(chance * pixel_area_km2(work.inner), dtype=np.float64)),
             "items": items,
@@ -516,7 +517,7 @@ def decide(item: Item, job: Job) -> Scaling:
 def _valid(inner: Grid, job: Job) -> np.ndarray:
     """Which pixels may be mapped: the zone's own and, with --aoi, those within it; bool (y, x)."""
     own = inner.owned()
-    return own & _inside_aoi(inner, job.store.meta / AOI) if job.aoi else own
+    return own & inside_aoi(inner, job.store.meta / AOI) if job.aoi else own
 
 
 def _whole(name: str, data: np.ndarray, work: Work) -> np.ndarray:
@@ -529,19 +530,14 @@ def _whole(name: str, data: np.ndarray, work: Work) -> np.ndarray:
     return out
 
 
-def mine_from(checkpoint: Checkpoint) -> int:
-    """The whole per cent from which a pixel counts as mine."""
-    return int(np.ceil(checkpoint.recipe.threshold * 100 - 1e-9))
-
-
 def count(answer: np.ndarray, inner: Grid, job: Job) -> dict[str, float]:
     """km² on the ellipsoid within the asked box (and aoi): in all, observed, mine."""
     asked = inner.inside(job.bbox)
     if job.aoi:
-        asked &= _inside_aoi(inner, job.store.meta / AOI)
+        asked &= inside_aoi(inner, job.store.meta / AOI)
     area = pixel_area_km2(inner) * asked
     observed = answer != NOT_OBSERVED
-    mine = observed & (answer >= mine_from(job.checkpoint))
+    mine = observed & (answer >= mine_from(job.checkpoint.recipe.threshold))
     return {
         "km2_total": float(area.sum()),
         "km2_observed": float(area[observed].sum()),
@@ -567,20 +563,26 @@ def quicklook(image: np.ndarray, outside: np.ndarray, job: Job) -> np.ndarray:
 
 def load_aoi(path: str | Path) -> shapely.Geometry:
     """The union of a vector file's polygons in degrees. Raises InputError."""
-    import geopandas
-    from pyogrio.errors import DataSourceError
-
-    try:
-        frame = geopandas.read_file(path)
-    except (DataSourceError, OSError, ValueError) as error:
-        raise InputError(f"aoi {path} can't be read as a vector file: {str(error).splitlines()[0]}") from error
-    if frame.crs is None:
-        raise InputError(f"aoi {path} has no coordinate reference system: set one in the file")
-    polygons = frame.to_crs(4326).geometry
+    polygons = read_shapes(path, "aoi").geometry
     polygons = polygons[polygons.geom_type.isin(["Polygon", "MultiPolygon"])]
     if polygons.empty:
         raise InputError(f"aoi {path} holds no polygons")
     return polygons.make_valid().union_all()
+
+
+def read_shapes(path: str | Path, role: str) -> geopandas.GeoDataFrame:
+    """The features of a vector file (GeoParquet by its ending) in degrees. Raises InputError, which names `role`."""
+    import geopandas
+    from pyogrio.errors import DataSourceError
+
+    read = geopandas.read_parquet if Path(path).suffix.lower() == ".parquet" else geopandas.read_file
+    try:
+        frame = read(path)
+    except (DataSourceError, OSError, ValueError) as error:
+        raise InputError(f"{role} {path} can't be read as a vector file: {str(error).splitlines()[0]}") from error
+    if frame.crs is None:
+        raise InputError(f"{role} {path} has no coordinate reference system: set one in the file")
+    return frame.to_crs(4326)
 
 
 def aoi_hash(path: str | Path | None) -> str | None:
@@ -602,10 +604,15 @@ def in_zone(area: shapely.Geometry, epsg: int) -> shapely.Geometry:
     return geopandas.GeoSeries([shapely.segmentize(parts, 0.01)], crs=4326).to_crs(epsg).iloc[0]
 
 
-def _inside_aoi(grid: Grid, path: Path) -> np.ndarray:
+def inside_aoi(grid: Grid, path: Path) -> np.ndarray:
+    """Which pixel centres lie in the area kept in the file `path` (of the meta folder), bool (y, x)."""
+    return inside(grid, _read_aoi(path, path.stat().st_mtime_ns, grid.epsg))
+
+
+def inside(grid: Grid, area: shapely.Geometry) -> np.ndarray:
+    """Which pixel centres lie in an area given in the zone's metres, bool (y, x)."""
     from rasterio.features import geometry_mask
 
-    area = _read_aoi(path, path.stat().st_mtime_ns, grid.epsg)
     if area.is_empty:
         return np.zeros(grid.shape, bool)
     return geometry_mask([area], grid.shape, grid.transform, invert=True)

@@ -247,6 +247,9 @@ class Store:
                 zarr.consolidate_metadata(self.path, path=group)
             zarr.consolidate_metadata(self.path)
 
+    def has_layer(self, group: str, name: str) -> bool:
+        return name in self._zone(group)
+
     # --- tiles and their records --------------------------------------------------------------------------------
 
     def write_tile(self, tile: Grid, index: int, layers: dict[str, np.ndarray]) -> None:

@@ -31,6 +31,7 @@ ORDER = [
     "store",
     "cluster",
     "mapping",
+    "sites",
     "areas",
     "annual",
     "changes",

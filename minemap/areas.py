@@ -1,0 +1,249 @@
+"""Areas of a map by site and period: what was mapped, what it may really be, what was gained and lost.
+
+A site is tallied super-tile by super-tile: km² on the ellipsoid by whole per cent of probability (and of not
+observed), so that any threshold and any model of errors needs nothing else. Each pixel is counted in the zone that
+owns it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .errors import InputError, StoreError
+from .grid import WINDOW, BBox, Grid, check_bbox, pixel_area_km2
+from .inference import NOT_OBSERVED, mine_from
+from .mapping import AOI, inside_aoi
+from .scenes import Period, parse_period
+from .sites import Site, read_sites
+from .store import Store
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+POOR = 0.8  # share of a site observed, below which a period is flagged: its areas are those of the part that was seen
+LEVELS = 256  # values of a stored pixel
+
+
+def area_table(
+    path: str | Path,
+    *,
+    sites: str | Path | Sequence[Site] | None = None,
+    bbox: BBox | None = None,
+    buffer: float | None = None,
+    threshold: float | None = None,
+    years: Sequence[int] | None = None,
+    layer: str = "probability",
+) -> pd.DataFrame:
+    """A row for each site and period of a map, sorted by site (in the file's order) and time.
+
+    sites: a vector file or a list; bbox: one site, "bbox"; neither: one site, "map", all that was ever computed.
+    buffer: metres around the file's features, needed for points. threshold: 0-1, the model's own when None. years:
+    whole calendar years to keep, all periods when None. layer: "probability" or "probability_consistent".
+
+    Columns: site; year, of the period's first day; mapped_area_km2, pixels from the threshold on; area_km2,
+    area_km2_lower, area_km2_upper, the estimate and its 90 % bounds (NaN where the model knows no errors);
+    observed_fraction of the site; gain_km2 and loss_km2 against the row before, on the pixels observed in both, which
+    are common_observed_fraction of the site (NaN in a site's first row); poorly_observed, a flag: observed_fraction
+    below POOR; extrapolated, a flag: the model's errors were not measured under such conditions; period, first and
+    last day. All areas are of observed pixels, on the ellipsoid: what was not seen is in none of them, and where
+    nothing was seen they are NaN, as for a site outside the map. Raises InputError, StoreError.
+    """
+    store = Store.at(path)
+    chosen = _sites(sites, bbox, buffer)
+    periods = _periods(store, years)
+    limit = _threshold(store, threshold)
+    tallies = _tally(store, chosen, periods, mine_from(limit), layer)
+    if not any(tally.observed.any() for tally in tallies.values()) and (sites is not None or bbox is not None):
+        raise InputError(f"{path} has nothing observed at any of the sites: map their place first")
+    return _table(tallies, periods, mine_from(limit))
+
+
+def _sites(sites: str | Path | Sequence[Site] | None, bbox: BBox | None, buffer: float | None) -> list[Site]:
+    if sites is not None and bbox is not None:
+        raise InputError("give sites or a bbox to tabulate, not both")
+    if sites is None:
+        return [Site("bbox", bbox=check_bbox(bbox)) if bbox is not None else Site("map")]
+    return read_sites(sites, buffer=buffer) if isinstance(sites, (str, Path)) else list(sites)
+
+
+def _periods(store: Store, years: Sequence[int] | None) -> list[Period]:
+    """The periods of all zones in order of time, or the asked years among them."""
+    store.attributes()
+    found = {period for group in store.groups() for period in store.periods(group)}
+    if years is not None:
+        wanted = {year: parse_period(str(year)) for year in years}
+        if missing := [str(year) for year, period in wanted.items() if period not in found]:
+            raise InputError(f"{store.path} has no map of {', '.join(missing)}: map these years first")
+        found = set(wanted.values())
+    if not found:
+        raise InputError(f"{store.path} has nothing mapped yet")
+    return sorted(found, key=lambda period: (period.start, period.end))
+
+
+def _threshold(store: Store, threshold: float | None) -> float:
+    if threshold is None:
+        return store.attributes()["recipe"]["threshold"]
+    if not 0 <= threshold <= 1:
+        raise InputError(f"threshold {threshold} is a probability, 0 to 1")
+    return threshold
+
+
+# --- tallying ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tally:
+    """km² of a site: in all; float64 (period, LEVELS) by stored value; and (period, 3), against the period before:
+    observed in both, gained, lost."""
+
+    total: np.ndarray  # float64 (1,)
+    levels: np.ndarray
+    change: np.ndarray
+
+    @staticmethod
+    def empty(periods: int) -> Tally:
+        return Tally(np.zeros(1), np.zeros((periods, LEVELS)), np.zeros((periods, 3)))
+
+    @property
+    def observed(self) -> np.ndarray:
+        """km² observed in each period."""
+        return self.levels[:, :NOT_OBSERVED].sum(axis=1)
+
+    def add(self, values: np.ndarray, area: np.ndarray, limit: int) -> None:
+        """Counts pixels of the site: stored values uint8 (period, pixel), km² float64 (pixel,)."""
+        self.total[0] += area.sum()
+        for n, level in enumerate(values):
+            self.levels[n] += np.bincount(level, weights=area, minlength=LEVELS)
+        for n, (before, after) in enumerate(pairwise(values), start=1):
+            both = (before != NOT_OBSERVED) & (after != NOT_OBSERVED)
+            was, now = before >= limit, after >= limit
+            self.change[n] += [area[which].sum() for which in (both, both & now & ~was, both & was & ~now)]
+
+
+def _tally(store: Store, sites: list[Site], periods: list[Period], limit: int, layer: str) -> dict[str, Tally]:
+    """Reads each super-tile once, whatever the number of sites in it; holds one super-tile at a time."""
+    about = store.attributes()["parameters"]
+    tallies = {site.name: Tally.empty(len(periods)) for site in sites}
+    for tile, present in _by_tile(store, sites, about["chunk"], about["resolution"]).items():
+        masks = {site.name: _mask(store, site, tile, periods) for site in present}
+        masks = {name: mask for name, mask in masks.items() if mask.any()}
+        if not masks:
+            continue
+        values, area = read_periods(store, tile, periods, layer), pixel_area_km2(tile)
+        for name, mask in masks.items():
+            tallies[name].add(values[:, mask], area[mask], limit)
+    return tallies
+
+
+def _by_tile(store: Store, sites: list[Site], chunk: int, resolution: float) -> dict[Grid, list[Site]]:
+    """The super-tiles that sites may meet, from the north-west, each with those sites."""
+    found: dict[Grid, list[Site]] = {}
+    for site in sites:
+        everything = site.area is None and site.bbox is None
+        for tile in computed_tiles(store) if everything else site.tiles(chunk, resolution):
+            found.setdefault(tile, []).append(site)
+    return dict(sorted(found.items(), key=lambda pair: (pair[0].epsg, -pair[0].top, pair[0].left)))
+
+
+def computed_tiles(store: Store) -> list[Grid]:
+    """The super-tiles that are done in any period; without a ledger, all that the arrays cover."""
+    chunk = store.attributes()["parameters"]["chunk"]
+    found: set[Grid] = set()
+    for group in store.groups():
+        grid = store.grid(group)
+        if not store.meta.is_dir():
+            found.update(grid.tiles(chunk))
+            continue
+        side = chunk * grid.resolution
+        for path in (store.meta / "ledger" / group).glob("*/[!.]*.json"):
+            column, row = (int(n) for n in path.stem.split("_"))
+            found.add(Grid(grid.epsg, column * side, row * side, chunk, chunk, grid.resolution))
+    return sorted(found, key=lambda tile: (tile.epsg, -tile.top, tile.left))
+
+
+def _mask(store: Store, site: Site, tile: Grid, periods: list[Period]) -> np.ndarray:
+    """Which pixels of a super-tile are the site's, bool (y, x); boxes and whole maps end at the map's own aoi."""
+    if site.area is not None:
+        return site.mask(tile)
+    mask = site.mask(tile) if site.bbox is not None else tile.owned() & _computed(store, tile, periods)
+    return mask & inside_aoi(tile, store.meta / AOI) if (store.meta / AOI).exists() else mask
+
+
+def _computed(store: Store, tile: Grid, periods: list[Period]) -> np.ndarray:
+    """Which pixels of a super-tile lie in windows that were computed in any of the periods, bool (y, x)."""
+    if not store.meta.is_dir():
+        return np.ones(tile.shape, bool)
+    mask = np.zeros(tile.shape, bool)
+    for period in periods:
+        if record := store.record(tile, period):
+            top, bottom, left, right = (n * WINDOW for n in record["windows"])
+            mask[top:bottom, left:right] = True
+    return mask
+
+
+def read_periods(store: Store, tile: Grid, periods: list[Period], layer: str = "probability") -> np.ndarray:
+    """What is stored of a super-tile in each period, uint8 (period, y, x), 255 where it was not (or never) mapped."""
+    out = np.full((len(periods), *tile.shape), NOT_OBSERVED, np.uint8)
+    if tile.group not in store.groups() or not store.grid(tile.group).covers(tile):
+        return out
+    if not store.has_layer(tile.group, layer):
+        raise StoreError(
+            f"{store.path} has no {layer} in {tile.group}: make it with minemap series --consistency hmm"
+        )
+    present = store.periods(tile.group)
+    for n, period in enumerate(periods):
+        if period in present and (store.record(tile, period) or not store.meta.is_dir()):
+            out[n] = store.read_tile(tile, present.index(period), layer)
+    return out
+
+
+# --- the table --------------------------------------------------------------------------------------------------
+
+
+def _table(tallies: dict[str, Tally], periods: list[Period], limit: int) -> pd.DataFrame:
+    import pandas as pd
+
+    for name, tally in tallies.items():
+        if not tally.total[0]:
+            warnings.warn(f"site {name} holds no pixel: give a larger area, or a buffer", stacklevel=3)
+    rows = [row for name, tally in tallies.items() for row in _rows(name, tally, periods, limit)]
+    return pd.DataFrame(rows)
+
+
+def _rows(name: str, tally: Tally, periods: list[Period], limit: int) -> Iterable[dict[str, object]]:
+    total = tally.total[0] or np.nan
+    for n, (period, levels) in enumerate(zip(periods, tally.levels, strict=True)):
+        observed = tally.observed[n]
+        common, gain, loss = tally.change[n] if n else (np.nan,) * 3
+        yield {
+            "site": name,
+            "year": period.start.year,
+            "mapped_area_km2": levels[limit:NOT_OBSERVED].sum() if observed else np.nan,
+            "area_km2": np.nan,
+            "area_km2_lower": np.nan,
+            "area_km2_upper": np.nan,
+            "observed_fraction": min(observed / total, 1.0) if observed else 0.0,  # sums differ in the last digit
+            "gain_km2": gain if common else np.nan,
+            "loss_km2": loss if common else np.nan,
+            "common_observed_fraction": min(common / total, 1.0) if n else np.nan,
+            "poorly_observed": not observed / total >= POOR,
+            "extrapolated": True,
+            "period": str(period),
+        }
+
+
+def first_year(mine: np.ndarray, years: Sequence[int]) -> np.ndarray:
+    """The first of `years` in which a pixel was mine, uint16 (y, x), 0 = never.
+
+    mine: uint8 (year, y, x), 1 mine, 0 not, 255 not observed, in order of `years`. What was mine in the first year
+    may be older. A year that was not observed is skipped: the year is then the first in which the mine was seen.
+    """
+    is_mine = np.asarray(mine) == 1
+    return np.where(is_mine.any(axis=0), np.asarray(years, np.uint16)[is_mine.argmax(axis=0)], 0).astype(np.uint16)

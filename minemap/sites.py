@@ -1,0 +1,120 @@
+"""Sites: the places that a table of areas has a row for, from a vector file, a box, or what a map holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .errors import InputError
+from .grid import MAX_LATITUDE, BBox, Grid, check_bbox, grids
+from .mapping import in_zone, inside, read_shapes
+
+if TYPE_CHECKING:
+    import geopandas
+    import shapely
+
+NAMES = ("site", "name", "id")  # columns of a vector file that may name its sites, the first that is there
+WORLD = (-180.0, -MAX_LATITUDE, 180.0, MAX_LATITUDE)
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """A named place: polygons in degrees (within ±180, cut at the antimeridian), or a box W S E N."""
+
+    name: str
+    area: shapely.Geometry | None = None
+    bbox: BBox | None = None
+
+    def tiles(self, chunk: int, resolution: float) -> set[Grid]:
+        """The super-tiles that may hold pixels of it."""
+        boxes = [self.bbox] if self.bbox else [part.bounds for part in _parts(self.area)]
+        return {t for b in boxes for grid in grids(b, chunk, resolution=resolution) for t in grid.tiles(chunk)}
+
+    def mask(self, grid: Grid) -> np.ndarray:
+        """Which pixels of `grid` are the site's: centre inside, and owned by the grid's zone; bool (y, x)."""
+        if self.bbox:
+            return grid.inside(self.bbox)
+        area = in_zone(self.area, grid.epsg)
+        if area.is_empty or not area.intersects(_box(grid)):
+            return np.zeros(grid.shape, bool)
+        return inside(grid, area) & grid.owned()
+
+
+def _box(grid: Grid) -> shapely.Geometry:
+    import shapely
+
+    return shapely.box(*grid.bounds)
+
+
+def _parts(area: shapely.Geometry | None) -> list[shapely.Geometry]:
+    return [part for part in getattr(area, "geoms", [area]) if part.area > 0]
+
+
+def read_sites(path: str | Path, *, buffer: float | None = None) -> list[Site]:
+    """The sites of a vector file (any that GDAL reads, or GeoParquet), in order of their first feature.
+
+    Named by the column `site`, `name` or `id`, or by their row from 1; features of one name are one site. buffer:
+    metres around each feature (on the ellipsoid); points and lines need one. Raises InputError.
+    """
+    import shapely
+
+    if buffer is not None and not 0 < buffer < 1e6:
+        raise InputError(f"buffer is {buffer:g}: give metres, above 0 and below 1,000,000")
+    frame = read_shapes(path, "sites")
+    frame = frame[~(frame.geometry.isna() | frame.geometry.is_empty)]
+    if frame.empty:
+        raise InputError(f"sites {path} holds no places")
+    if buffer is None and (shapely.area(frame.geometry.array) == 0).any():
+        raise InputError(f"sites {path} holds points or lines: give --buffer METRES to make areas of them")
+    return list(_named(frame, buffer))
+
+
+def _named(frame: geopandas.GeoDataFrame, buffer: float | None) -> Iterable[Site]:
+    import shapely
+
+    column = next((name for name in NAMES if name in frame.columns), None)
+    names = frame[column].astype(str) if column else np.arange(1, len(frame) + 1).astype(str)
+    for name, rows in frame.assign(_site=names).groupby("_site", sort=False):
+        shapes = [_whole(shape, buffer) for shape in rows.geometry]
+        yield Site(str(name), area=shapely.union_all(shapes))
+
+
+def _whole(shape: shapely.Geometry, buffer: float | None) -> shapely.Geometry:
+    """A valid area within ±180 degrees and UTM's latitudes; what runs past the antimeridian comes back round."""
+    import shapely
+    from shapely.affinity import translate
+
+    area = shapely.make_valid(shape if buffer is None else _buffered(shape, buffer))
+    return shapely.union_all([translate(area, dx).intersection(shapely.box(*WORLD)) for dx in (-360, 0, 360)])
+
+
+def _buffered(shape: shapely.Geometry, metres: float) -> shapely.Geometry:
+    """All within `metres` of a shape, in degrees; in a projection that keeps distances from the shape's middle."""
+    import shapely
+    from pyproj import Transformer
+
+    middle = shape.centroid
+    local = f"+proj=aeqd +lat_0={middle.y} +lon_0={middle.x} +datum=WGS84 +units=m"
+    there = Transformer.from_crs(4326, local, always_xy=True)
+    near = shapely.transform(shape, there.transform, interleaved=False).buffer(metres)
+
+    def back(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        lon, lat = there.transform(x, y, direction="INVERSE")
+        return (lon - middle.x + 180) % 360 - 180 + middle.x, lat
+
+    return shapely.transform(near, back, interleaved=False)
+
+
+def bounds(sites: Iterable[Site]) -> BBox:
+    """The smallest box W S E N around the polygons of all sites; W > E where that is across the antimeridian."""
+    boxes = np.array([part.bounds for site in sites for part in _parts(site.area)])
+    shifted = boxes.copy()
+    shifted[:, [0, 2]] += np.where(boxes[:, [0]] < 0, 360, 0)
+    plain, across = ((b[:, 0].min(), b[:, 2].max()) for b in (boxes, shifted))
+    if across[1] - across[0] < plain[1] - plain[0]:
+        plain = across[0], across[1] - 360
+    return check_bbox((plain[0], boxes[:, 1].min(), plain[1], boxes[:, 3].max()))

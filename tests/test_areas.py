@@ -1,0 +1,214 @@
+"""Areas by site and period, against pixels counted by hand on stores with known values."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import asdict
+
+import geopandas
+import numpy as np
+import pytest
+from pyproj import Geod
+from shapely.geometry import MultiPolygon, Point, box
+
+from minemap.areas import POOR, area_table, first_year
+from minemap.checkpoint import load_model
+from minemap.errors import InputError, StoreError
+from minemap.grid import WINDOW, grids, pixel_area_km2
+from minemap.scenes import parse_period
+from minemap.sites import bounds, read_sites
+from minemap.store import Store
+
+GEOD = Geod(ellps="WGS84")
+
+
+def store_of(path, bbox, years, paint, model, chunk=512):
+    """A map whose pixels are `paint(grid, year)`, uint8, wherever a zone owns them."""
+    store, recipe = Store(path), load_model(model).recipe
+    parameters = {"chunk": chunk, "resolution": 10.0, "model": recipe.name}
+    attributes = {"recipe": json.loads(json.dumps(asdict(recipe))), "parameters": parameters, "model": recipe.name}
+    store.create({"minemap": "0", "model_sha256": "", "stac": "", **attributes})
+    for grid in grids(bbox, chunk):
+        store.add_zone(grid, chunk, None)
+        for year in years:
+            period = parse_period(str(year))
+            index = store.add_period(grid.group, period)
+            for tile in grid.tiles(chunk):
+                values = np.where(tile.owned(), paint(tile, year), np.uint8(255)).astype(np.uint8)
+                store.write_tile(tile, index, {"probability": values})
+                store.write_record(tile, period, {"windows": [0, chunk // WINDOW] * 2, "items": []})
+    store.consolidate()
+    return path
+
+
+def geodesic_km2(shape):
+    return abs(GEOD.geometry_area_perimeter(shape)[0]) / 1e6
+
+
+BOX = (-63.02, 6.20, -62.98, 6.24)  # no zone's border
+EDGE = (-60.03, 3.00, -59.97, 3.04)  # zones 20 and 21
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, model):
+    """Three years: a mine that fills the rows north of a line, moving south; of the second year, half is clouded."""
+
+    def paint(grid, year):
+        north = {2020: 686_600, 2021: 686_400, 2022: 686_000}[year]
+        values = np.where(grid.y[:, None] > north, 90, 3) + np.zeros(grid.shape, int)
+        if year == 2021:
+            values[:, grid.x < np.median(grid.x)] = 255
+        return values
+
+    return store_of(tmp_path_factory.mktemp("areas") / "map.zarr", BOX, (2020, 2021, 2022), paint, model)
+
+
+def test_areas_are_the_pixels(made):
+    grid = Store(made).grid("utm32620")
+    area, asked = pixel_area_km2(grid), grid.inside(BOX)
+    table = area_table(made, bbox=BOX)
+    assert list(table["year"]) == [2020, 2021, 2022] and set(table["site"]) == {"bbox"}
+    values = {year: Store(made).read_tile(grid, n, "probability") for n, year in enumerate(table["year"])}
+    for row in table.itertuples():
+        seen = asked & (values[row.year] != 255)
+        mine = seen & (values[row.year] >= 50)
+        assert row.mapped_area_km2 == pytest.approx(area[mine].sum(), rel=1e-12)
+        assert row.observed_fraction == pytest.approx(area[seen].sum() / area[asked].sum(), rel=1e-12)
+        assert row.poorly_observed == (row.observed_fraction < POOR)
+    assert table["poorly_observed"].tolist() == [False, True, False]
+    assert geodesic_km2(box(*BOX).segmentize(0.001)) == pytest.approx(area[asked].sum(), rel=2e-3)
+
+
+def test_a_clouded_year_is_no_loss(made):
+    first, clouded, last = area_table(made, bbox=BOX).itertuples()
+    assert clouded.mapped_area_km2 < 0.8 * first.mapped_area_km2  # the part that was seen
+    assert clouded.loss_km2 == 0 and clouded.gain_km2 > 0 and last.loss_km2 == 0
+    assert clouded.common_observed_fraction == pytest.approx(clouded.observed_fraction)
+    assert np.isnan(first.gain_km2) and np.isnan(first.common_observed_fraction)
+    two = area_table(made, bbox=BOX, years=[2020, 2022]).iloc[1]  # against the row before, over the clouded year
+    assert two.gain_km2 == pytest.approx(last.mapped_area_km2 - first.mapped_area_km2)
+    assert two.common_observed_fraction == pytest.approx(1)
+
+
+def test_thresholds(made):
+    every = area_table(made, bbox=BOX, threshold=0.02, years=[2020]).iloc[0]
+    none = area_table(made, bbox=BOX, threshold=0.95, years=[2020]).iloc[0]
+    assert none.mapped_area_km2 == 0 and every.mapped_area_km2 > 1
+    with pytest.raises(InputError, match="threshold 20 is a probability"):
+        area_table(made, bbox=BOX, threshold=20)
+
+
+def test_zones_are_summed_without_gap_or_doubling(tmp_path, model):
+    """A box over two zones, all mine: its area on the ellipsoid; as a polygon, as a box, as the whole map."""
+    path = store_of(tmp_path / "map.zarr", EDGE, (2020,), lambda grid, _: np.full(grid.shape, 80), model)
+    assert len(Store(path).groups()) == 2
+    file = tmp_path / "sites.gpkg"
+    geopandas.GeoDataFrame({"name": ["both"]}, geometry=[box(*EDGE)], crs=4326).to_file(file)
+    truth = geodesic_km2(box(*EDGE).segmentize(0.001))
+    for given in ({"bbox": EDGE}, {"sites": file}):
+        (row,) = area_table(path, **given).itertuples()
+        assert row.mapped_area_km2 == pytest.approx(truth, rel=3e-3) and row.observed_fraction == 1
+    (whole,) = area_table(path).itertuples()
+    expected = sum(pixel_area_km2(g)[g.owned()].sum() for g in grids(EDGE, 512))
+    assert whole.mapped_area_km2 == pytest.approx(expected) and whole.site == "map"
+
+
+def test_sites_partly_and_wholly_outside_the_map(made, tmp_path):
+    west, south, east, north = BOX
+    height = north - south
+    half = box(west, south, east, north + 5 * height)
+    shapes = {"inside": box(*BOX), "half": half, "outside": box(10, 50, 10.05, 50.05)}
+    file = tmp_path / "sites.geojson"
+    geopandas.GeoDataFrame({"site": list(shapes)}, geometry=list(shapes.values()), crs=4326).to_file(file)
+    table = area_table(made, sites=file, years=[2020]).set_index("site")
+    assert list(table.index) == list(shapes)
+    assert table.loc["inside", "observed_fraction"] == 1
+    assert 0.15 < table.loc["half", "observed_fraction"] < 0.5 and table.loc["half", "poorly_observed"]
+    outside = table.loc["outside"]
+    assert outside.observed_fraction == 0 and outside.poorly_observed and np.isnan(outside.mapped_area_km2)
+    lost = tmp_path / "lost.geojson"
+    geopandas.GeoDataFrame(geometry=[shapes["outside"]], crs=4326).to_file(lost)
+    with pytest.raises(InputError, match="nothing observed at any of the sites"):
+        area_table(made, sites=lost)
+
+
+def test_sites_from_points_names_and_many_parts(tmp_path):
+    points = geopandas.GeoDataFrame(
+        {"id": [7, 7, 9]}, geometry=[Point(-63, 6), Point(-63.1, 6), Point(0, 50)], crs=4326
+    )
+    points.to_parquet(tmp_path / "points.parquet")
+    with pytest.raises(InputError, match="holds points or lines: give --buffer METRES"):
+        read_sites(tmp_path / "points.parquet")
+    seven, nine = read_sites(tmp_path / "points.parquet", buffer=1000)
+    assert (seven.name, nine.name) == ("7", "9")
+    circle = np.pi  # km²; a polygon of 64 sides holds 0.16 % less
+    assert geodesic_km2(nine.area) == pytest.approx(circle, rel=2e-3)
+    assert geodesic_km2(seven.area) == pytest.approx(2 * circle, rel=2e-3)
+    assert bounds([seven])[0] == pytest.approx(-63.109, abs=1e-3)
+    for buffer in (-5, 0, 1e9):
+        with pytest.raises(InputError, match="give metres"):
+            read_sites(tmp_path / "points.parquet", buffer=buffer)
+
+
+def test_sites_across_the_antimeridian(tmp_path, model):
+    across = (179.99, -17.02, -179.99, -17.0)
+    path = store_of(tmp_path / "map.zarr", across, (2020,), lambda grid, _: np.full(grid.shape, 80), model)
+    shapes = [
+        box(179.99, -17.02, 180.01, -17.0),
+        MultiPolygon([box(179.99, -17.02, 180, -17.0), box(-180, -17.02, -179.99, -17.0)]),
+    ]
+    file = tmp_path / "sites.gpkg"
+    frame = geopandas.GeoDataFrame(
+        {"name": ["past", "cut"]}, geometry=[MultiPolygon([shapes[0]]), shapes[1]], crs=4326
+    )
+    frame.to_file(file)
+    table = area_table(path, sites=file)
+    box_row = area_table(path, bbox=across).iloc[0]
+    for row in table.itertuples():
+        assert row.mapped_area_km2 == pytest.approx(box_row.mapped_area_km2, rel=1e-3)
+        assert row.observed_fraction == pytest.approx(1)
+    assert bounds(read_sites(file)) == pytest.approx(across)
+    geopandas.GeoDataFrame(geometry=[Point(179.999, -17)], crs=4326).to_file(tmp_path / "point.gpkg")
+    west, _, east, _ = bounds(read_sites(tmp_path / "point.gpkg", buffer=500))
+    assert west > 179.99 and east < -179.99
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "match"),
+    [
+        ({"years": [2020, 2019]}, InputError, "no map of 2019: map these years"),
+        ({"sites": "nonesuch.gpkg"}, InputError, "sites nonesuch.gpkg can't be read as a vector file"),
+        ({"sites": "x", "bbox": BOX}, InputError, "not both"),
+        ({"layer": "probability_consistent"}, StoreError, "has no probability_consistent in utm32620"),
+    ],
+)
+def test_errors_say_what_and_what_to_do(made, words, error, match):
+    with pytest.raises(error, match=match):
+        area_table(made, **words)
+
+
+def test_a_site_smaller_than_a_pixel_is_said(made, tmp_path):
+    shapes = {"tiny": Point(-63.0, 6.22).buffer(1e-7), "inside": box(*BOX)}
+    geopandas.GeoDataFrame({"name": list(shapes)}, geometry=list(shapes.values()), crs=4326).to_file(
+        tmp_path / "s.gpkg"
+    )
+    with pytest.warns(UserWarning, match="site tiny holds no pixel"):
+        table = area_table(made, sites=tmp_path / "s.gpkg")
+    assert np.isnan(table["mapped_area_km2"][0]) and table["poorly_observed"][0]
+
+
+def test_periods_that_are_no_years(tmp_path, model):
+    path = store_of(tmp_path / "map.zarr", BOX, ("2021-06", "2021"), lambda grid, _: np.full(grid.shape, 80), model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        table = area_table(path)
+    assert table["year"].tolist() == [2021, 2021]
+    assert table["period"].tolist() == ["2021-01-01/2021-12-31", "2021-06-01/2021-06-30"]
+    assert len(area_table(path, years=[2021])) == 1
+
+
+def test_first_year():
+    stack = np.array([[[0, 1, 255, 0]], [[1, 0, 255, 0]], [[1, 1, 1, 255]]], np.uint8)
+    years = first_year(stack, [2019, 2020, 2021])
+    assert years.tolist() == [[2020, 2019, 2021, 0]] and years.dtype == np.uint16
