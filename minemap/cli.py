@@ -91,7 +91,7 @@ def _commands() -> Iterator[tuple[str, str, Add, Run]]:
 
     yield "map", "map a place for a date into a Zarr store", _add_map, _map
     yield "info", "what is in a map: zones, dates, extent, model, how much was observed", _add_info, _info
-    yield "export", "write a map as COG (.tif) or picture (.png)", _add_export, _export
+    yield "export", "write a map as COG, polygons or a picture", _add_export, _export
     yield "models", "the known models; one model's card", _add_models, _models
     yield (
         "train",
@@ -229,17 +229,20 @@ def _info(a: argparse.Namespace) -> None:
 
 def _add_export(p: argparse.ArgumentParser) -> None:
     p.add_argument("map", metavar="MAP")
-    p.add_argument("out", metavar="OUT", help="a name that ends in .tif or .png")
+    p.add_argument("out", metavar="OUT", help="ends in .tif, .parquet, .geojson, .gpkg, .pmtiles or .png")
     p.add_argument("--date", help="one of the map's periods (the last)")
     p.add_argument("--threshold", type=float, help="probability from which a pixel is mine; a COG then holds classes")
-    p.add_argument("--zone", help="the zone's group, where the map has several")
+    p.add_argument("--min-area", type=float, default=0.0, metavar="HECTARES", help="leave smaller polygons out")
+    p.add_argument("--smooth", action="store_true", help="cut the corners of the pixels' steps off polygons")
+    p.add_argument("--zone", help="the zone's group, for .tif and .png where the map has several")
     p.add_argument("--quiet", action="store_true", help="do not name the file")
 
 
 def _export(a: argparse.Namespace) -> None:
     from .export import export
 
-    out = export(a.map, a.out, date=a.date, threshold=a.threshold, zone=a.zone)
+    shape = {"threshold": a.threshold, "min_area": a.min_area, "smooth": a.smooth}
+    out = export(a.map, a.out, date=a.date, zone=a.zone, **shape)
     if not a.quiet:
         print(out)
 

@@ -1,21 +1,39 @@
-"""A map to files that other programs read: GeoTIFF (COG) and PNG."""
+"""A map to files that other programs read: COG, polygons (GeoParquet, GeoJSON, GPKG, PMTiles), PNG."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xarray as xr
 
 from .errors import InputError
+from .polygons import COLUMNS, check_threshold, choose_period, polygons
 from .scenes import Period, parse_period
-from .store import QUICKLOOK, Store, open_map
+from .stac_item import describe, item_path, of_raster, of_table
+from .store import QUICKLOOK, Store, open_map, write_atomically
+
+if TYPE_CHECKING:
+    import geopandas
 
 PICTURE_SIDE = 1600  # pixels of the longer side of a panel
 BLOCK = 2048  # rows and columns copied at a time
+MAX_ZOOM = 13  # of vector tiles: their steps are then 1 m
 MINE_COLOUR = (227, 26, 28)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How polygons are made of a map. threshold: 0-1. min_area: hectares. smooth: see `polygons`."""
+
+    threshold: float | None = None
+    min_area: float = 0.0
+    smooth: bool = False
 
 
 def export(
@@ -25,44 +43,129 @@ def export(
     date: str | None = None,
     threshold: float | None = None,
     zone: str | None = None,
+    min_area: float = 0.0,
+    smooth: bool = False,
 ) -> Path:
-    """Writes a map of one zone and period to `out`, by its ending: .tif (COG) or .png.
+    """Writes a map of one period to `out`, by its ending, and beside geodata a STAC item, `out`.stac.json.
+
+    .tif (COG) and .png show one zone; .parquet (GeoParquet), .geojson (RFC 7946), .gpkg and .pmtiles hold the
+    footprint's polygons of all zones.
 
     date: one of the map's periods, the last one when None. threshold: 0-1; a COG then holds 1 = mine, 0 = not, 255 =
-    not observed instead of per cent; a picture's outline uses it, the model's own when None. zone: the group, needed
-    where there are several. Raises InputError, StoreError.
+    not observed instead of per cent; outlines use it, the model's own when None. zone: the group, needed for .tif
+    and .png where there are several. min_area (hectares), smooth: see `polygons`. Raises InputError, StoreError.
     """
     out = Path(out)
-    writers: dict[str, Callable[..., None]] = {".tif": write_cog, ".tiff": write_cog, ".png": write_picture}
-    if out.suffix.lower() not in writers:
-        raise InputError(f"can't export to {out.name!r}: endings are {', '.join(writers)}")
-    if threshold is not None and not 0 <= threshold <= 1:
-        raise InputError(f"threshold {threshold} is a probability, 0 to 1")
+    ending = out.suffix.lower()
+    if ending not in (*RASTERS, *VECTORS):
+        raise InputError(f"can't export to {out.name!r}: endings are {', '.join((*RASTERS, *VECTORS))}, .html")
+    check_out(out)
+    if threshold is not None:
+        check_threshold(threshold)
+    shape = Shape(threshold, min_area, smooth)
+    if ending in RASTERS:
+        if shape != Shape(threshold):
+            raise InputError(f"min_area and smooth shape polygons: {ending} has none")
+        return _export_raster(path, out, date, threshold, zone)
+    if zone is not None:
+        raise InputError(f"zone {zone}: {ending} holds the polygons of all zones; leave it out")
+    return _export_vector(path, out, date, shape)
+
+
+def check_out(out: Path) -> None:
+    """InputError unless `out` can be a file's name."""
     if out.is_dir():
         raise InputError(f"{out} is a folder: give the name of a file")
     if not out.absolute().parent.is_dir():
         raise InputError(f"folder {out.absolute().parent} does not exist: make it first")
-    data = open_map(path, zone)
-    if not data.sizes["time"] or not data.sizes["y"]:
-        raise InputError(f"{path} has nothing mapped yet")
+
+
+@contextmanager
+def drafted(out: Path) -> Iterator[Path]:
+    """A name to write to beside `out`, which takes its place when all went well and is gone when not."""
     draft = out.with_name(f".{out.name}.draft{out.suffix}")
     try:
-        writers[out.suffix.lower()](_period(data, date), draft, threshold=threshold, store=Store(Path(path)))
+        yield draft
         draft.replace(out)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def _export_raster(path: str | Path, out: Path, date: str | None, threshold: float | None, zone: str | None) -> Path:
+    store = Store(Path(path))
+    data = open_map(path, zone)
+    if not data.sizes["time"] or not data.sizes["y"]:
+        raise InputError(f"{path} has nothing mapped yet")
+    data = _period(data, date)
+    with drafted(out) as draft:
+        RASTERS[out.suffix.lower()](data, draft, threshold=threshold, store=store)
+        if out.suffix.lower() != ".png":
+            epsg, transform = data.rio.crs.to_epsg(), data.rio.transform(recalc=True)
+            about = of_raster(epsg, transform, (data.sizes["y"], data.sizes["x"]), threshold)
+            _write_item(store, out, _period_of(data), [f"utm{epsg}"], about, threshold)
     return out
 
 
+def _export_vector(path: str | Path, out: Path, date: str | None, shape: Shape) -> Path:
+    store = Store(Path(path))
+    period = choose_period(store, date)
+    groups = [group for group in store.groups() if store.done(group, period)]
+    if not groups:
+        raise InputError(f"{path} has nothing mapped yet for {period}")
+    frame = polygons(path, date=str(period), **vars(shape))
+    about = of_table({name: COLUMNS[name] for name in frame.columns}, len(frame))
+    with drafted(out) as draft:
+        VECTORS[out.suffix.lower()](frame, draft)
+        limit = store.attributes()["recipe"]["threshold"] if shape.threshold is None else shape.threshold
+        _write_item(store, out, period, groups, about, limit)
+    return out
+
+
+def _write_item(
+    store: Store, out: Path, period: Period, groups: list[str], about: dict[str, Any], threshold: float | None
+) -> None:
+    item = describe(store, out, period, groups, about=about, threshold=threshold)
+    write_atomically(item_path(out), json.dumps(item, indent=1) + "\n")
+
+
+def write_geoparquet(frame: geopandas.GeoDataFrame, out: Path) -> None:
+    """GeoParquet 1.1 with a covering of bounding boxes, so that a reader takes only what it needs."""
+    frame.to_parquet(out, write_covering_bbox=True, schema_version="1.1.0", compression="zstd")
+
+
+def write_geojson(frame: geopandas.GeoDataFrame, out: Path) -> None:
+    """RFC 7946: degrees to 1 cm, exteriors anticlockwise, cut at the antimeridian."""
+    frame.to_file(out, driver="GeoJSON", RFC7946="YES", COORDINATE_PRECISION=7, **_kind(frame))
+
+
+def write_geopackage(frame: geopandas.GeoDataFrame, out: Path) -> None:
+    frame.to_file(out, driver="GPKG", layer="footprint", **_kind(frame))
+
+
+def write_pmtiles(frame: geopandas.GeoDataFrame, out: Path) -> None:
+    """Vector tiles for web maps, by GDAL's driver; simplified at small scales."""
+    if not len(frame):
+        raise InputError(f"there is no polygon to write, and {out.suffix} files can't be empty: lower the threshold")
+    options = {"MINZOOM": 0, "MAXZOOM": MAX_ZOOM, "NAME": "minemap footprint"}
+    frame.to_file(out, driver="PMTiles", layer="footprint", dataset_options=options)
+
+
+def _kind(frame: geopandas.GeoDataFrame) -> dict[str, str]:
+    return {} if len(frame) else {"geometry_type": "Polygon"}
+
+
 def _period(data: xr.Dataset, date: str | None) -> xr.Dataset:
-    bounds = data["time_bounds"].values.astype("datetime64[D]").astype(object)
-    periods = [Period(start, end) for start, end in bounds]
+    periods = [_period_of(data.isel(time=i)) for i in range(data.sizes["time"])]
     if date is None:
         return data.isel(time=-1)
     wanted = parse_period(date)
     if wanted not in periods:
         raise InputError(f"the map has no period {wanted}: it has {', '.join(map(str, periods))}")
     return data.isel(time=periods.index(wanted))
+
+
+def _period_of(data: xr.Dataset) -> Period:
+    return Period(*data["time_bounds"].values.astype("datetime64[D]").astype(object))
 
 
 def _stored(layer: xr.DataArray) -> np.ndarray:
@@ -120,10 +223,9 @@ def _blocks(height: int, width: int) -> list[tuple[tuple[int, int], tuple[int, i
 
 def _tags(store: Store, data: xr.Dataset) -> dict[str, str]:
     about = store.attributes()
-    start, end = data["time_bounds"].values.astype("datetime64[D]")
     return {
         "TIFFTAG_SOFTWARE": f"minemap {about['minemap']}",
-        "period": f"{start}/{end}",
+        "period": str(_period_of(data)),
         "model": about["model"],
         "model_sha256": about["model_sha256"],
     }
@@ -200,3 +302,12 @@ def _scale_bar(axis: Any, kilometres: tuple[float, float]) -> None:
     axis.plot([x, x + length], [y, y], color="black", linewidth=2, solid_capstyle="butt")
     label = f"{length:g} km" if length >= 1 else f"{length * 1000:g} m"
     axis.text(x, y + kilometres[0] * 0.015, label, color="white", fontsize=9, weight="bold")
+
+
+RASTERS: dict[str, Callable[..., None]] = {".tif": write_cog, ".tiff": write_cog, ".png": write_picture}
+VECTORS: dict[str, Callable[..., None]] = {
+    ".parquet": write_geoparquet,
+    ".geojson": write_geojson,
+    ".gpkg": write_geopackage,
+    ".pmtiles": write_pmtiles,
+}

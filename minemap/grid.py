@@ -122,7 +122,7 @@ class Grid:
         Each place on Earth is owned by one zone, so maps of several zones have no gap and no doubling. The
         exceptions of UTM around Norway and Svalbard are not followed: a zone is 6 degrees everywhere.
         """
-        return self._within([_zone_box(self.epsg)])
+        return self._within([zone_box(self.epsg)])
 
     def inside(self, bbox: BBox) -> np.ndarray:
         """Which owned pixels have their centre in `bbox` (west > east crosses the antimeridian), bool (y, x)."""
@@ -191,7 +191,7 @@ def grids(bbox: BBox, chunk: int = CHUNK, *, extent: str = "bbox", resolution: f
     """
     found = []
     for epsg, part in _zone_parts(bbox):
-        box = part if extent == "bbox" else _zone_box(epsg)
+        box = part if extent == "bbox" else zone_box(epsg)
         found.append(_padded(epsg, box, chunk * resolution, chunk, resolution))
     return found
 
@@ -245,7 +245,8 @@ def _zone_parts(bbox: BBox) -> Iterator[tuple[int, BBox]]:
                 yield 32701 + zone, (left, south, right, min(north, 0.0))
 
 
-def _zone_box(epsg: int) -> BBox:
+def zone_box(epsg: int) -> BBox:
+    """What a zone owns, degrees: 6 of longitude, its hemisphere."""
     west = (epsg % 100) * 6 - 186.0
     return (west, 0.0, west + 6, MAX_LATITUDE) if epsg < 32700 else (west, -MAX_LATITUDE, west + 6, 0.0)
 

@@ -238,6 +238,20 @@ class Store:
         height, width = (int(v) for v in attributes["spatial:shape"])
         return Grid(int(group.removeprefix("utm")), left, top, height, width, a)
 
+    def chunk(self, group: str) -> int:
+        """Side of the group's super-tiles in pixels."""
+        return (_array(self._zone(group), "probability").shards or (1, WINDOW, WINDOW))[-1]
+
+    def done(self, group: str, period: Period) -> list[Grid]:
+        """Finished super-tiles of a period, row by row from the north-west; all there are without a ledger."""
+        grid, chunk = self.grid(group), self.chunk(group)
+        if not self.meta.is_dir():
+            return list(grid.tiles(chunk))
+        names = [p.stem.split("_") for p in (self.meta / "ledger" / group / period.slug).glob("[!.]*.json")]
+        side = chunk * grid.resolution
+        found = sorted((-int(row), int(column)) for column, row in names)
+        return [replace(grid, left=x * side, top=-y * side, height=chunk, width=chunk) for y, x in found]
+
     def consolidate(self) -> None:
         """Metadata of every group in one place, so that opening it takes one read."""
         with warnings.catch_warnings():
@@ -284,13 +298,9 @@ class Store:
 
     def mark_stale(self, group: str, cell: tuple[int, int], period: Period) -> None:
         """Super-tiles of a cell that were made from other scenes than now are to be made again."""
-        grid = self.grid(group)
-        shards = _array(self._zone(group), "probability").shards or (1, WINDOW, WINDOW)
-        for path in (self.meta / "ledger" / group / period.slug).glob("[!.]*.json"):
-            column, row = (int(n) * shards[-1] for n in path.stem.split("_"))
-            tile = replace(grid, left=column * grid.resolution, top=row * grid.resolution)
+        for tile in self.done(group, period):
             if tile.cell == cell:
-                write_atomically(path, json.dumps({**json.loads(path.read_text()), "stale": True}))
+                self.write_record(tile, period, {**(self.record(tile, period) or {}), "stale": True})
 
     # --- scenes -------------------------------------------------------------------------------------------------
 

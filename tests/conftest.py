@@ -8,6 +8,7 @@ import subprocess
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,8 +17,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from minemap.checkpoint import load_model
 from minemap.demo import Demo, DemoConfig, make_demo
+from minemap.grid import Grid
+from minemap.scenes import parse_period
 from minemap.sentinel2 import BANDS
+from minemap.store import Store
 
 SHARED = Path(os.environ.get("MINEMAP_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
@@ -191,4 +196,35 @@ def write_tif(path: Path, data: np.ndarray, epsg: int, transform: Any, **profile
     options = {"driver": "GTiff", "crs": f"EPSG:{epsg}", "transform": transform, "nodata": 0, **shape, **profile}
     with rasterio.open(path, "w", **options) as target:
         target.write(data, 1)
+    return path
+
+
+def painted(path: Path, zones: dict[Grid, dict[str, np.ndarray]], *, chunk: int = 512) -> Path:
+    """A finished map whose per cent we choose: grid -> period -> uint8 (y, x), 255 not observed; nothing is run."""
+    model = load_model("demo-2026")
+    store = Store(path)
+    store.create(
+        {
+            "minemap": "0.1.0",
+            "model": model.recipe.name,
+            "model_sha256": model.sha256,
+            "recipe": json.loads(json.dumps(asdict(model.recipe))),
+            "parameters": {"precision": "fp32", "chunk": chunk, "resolution": 10.0},
+            "parameters_hash": "0" * 64,
+            "stac": "nowhere",
+        }
+    )
+    store.write_items([])
+    for grid, periods in zones.items():
+        store.add_zone(grid, chunk, None)
+        for period, percent in periods.items():
+            span = parse_period(period)
+            index = store.add_period(grid.group, span)
+            for tile in grid.tiles(chunk):
+                row, column = tile.offset_in(grid)
+                inside = slice(row, row + chunk), slice(column, column + chunk)
+                store.write_tile(tile, index, {"probability": percent[inside]})
+                record = {"windows": [0, chunk // 256, 0, chunk // 256], "items": []}
+                store.write_record(tile, span, record)
+    store.consolidate()
     return path

@@ -37,6 +37,7 @@ ORDER = [
     "changes",
     "polygons",
     "assessment",
+    "stac_item",
     "export",
     "page",
     "report",

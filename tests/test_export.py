@@ -1,0 +1,176 @@
+"""Files for other programs: what they hold, by other readers than our own."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import geopandas
+import numpy as np
+import pyarrow.parquet
+import pystac
+import pytest
+import rasterio
+from conftest import painted
+from pystac.extensions.mlm import MLMExtension, TaskType
+from pystac.extensions.projection import ProjectionExtension
+from pystac.extensions.table import TableExtension
+
+from minemap.errors import InputError
+from minemap.export import export
+from minemap.grid import grids
+from minemap.polygons import polygons
+
+BOX = (-66.02, 6.24, -65.98, 6.26)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Two zones and two years with a mine of 2 x 1 km across the zones' edge, and a lake in it."""
+    drawn = {}
+    for grid in grids(BOX, 512):
+        lon, lat = grid._degrees(grid.y, grid.x)
+        mine = (np.abs(lon + 66) < 0.009) & (np.abs(lat - 6.25) < 0.0045)
+        lake = (np.abs(lon + 66.004) < 0.001) & (np.abs(lat - 6.25) < 0.001)
+        percent = np.where(mine & ~lake, 90, 5)
+        small = percent.copy()
+        small[lon > -66] = 5
+        years = {"2022": small, "2023": percent}
+        drawn[grid] = {y: np.where(grid.owned(), p, 255).astype(np.uint8) for y, p in years.items()}
+    return painted(tmp_path_factory.mktemp("made") / "map.zarr", drawn)
+
+
+@pytest.mark.parametrize("ending", ["parquet", "geojson", "gpkg"])
+def test_vector_files_hold_the_polygons(made, ending, tmp_path):
+    out = export(made, tmp_path / f"mines.{ending}", min_area=0.5, smooth=True)
+    expected = polygons(made, min_area=0.5, smooth=True)
+    found = geopandas.read_parquet(out) if ending == "parquet" else geopandas.read_file(out)
+    assert found.crs.to_epsg() == 4326 and len(found) == len(expected) == 1
+    assert list(found.columns) == list(expected.columns)
+    assert found["area_km2"].iloc[0] == pytest.approx(expected["area_km2"].iloc[0])
+    assert found["first_year"].iloc[0] == 2022 and len(found.geometry.iloc[0].interiors) == 1
+    assert found.geometry.iloc[0].hausdorff_distance(expected.geometry.iloc[0]) < 1e-6
+    assert sorted(p.name for p in tmp_path.iterdir()) == [out.name, f"{out.name}.stac.json"]
+    ring = np.asarray(found.geometry.iloc[0].exterior.coords)
+    assert _signed_area(ring) > 0
+
+
+def _signed_area(ring):
+    """Shoelace: above 0 when anticlockwise."""
+    return float((ring[:-1, 0] * ring[1:, 1] - ring[1:, 0] * ring[:-1, 1]).sum() / 2)
+
+
+def test_geojson_is_rfc_7946(made, tmp_path):
+    told = json.loads(export(made, tmp_path / "m.geojson").read_text())
+    assert "crs" not in told
+    (feature,) = told["features"]
+    exterior, hole = (np.array(ring) for ring in feature["geometry"]["coordinates"])
+    assert _signed_area(exterior) > 0 > _signed_area(hole)
+    decimals = {len(str(n).partition(".")[2]) for n in exterior.ravel().tolist()}
+    assert max(decimals) <= 7
+
+
+def test_geoparquet_says_where_its_rows_are(made, tmp_path):
+    file = pyarrow.parquet.ParquetFile(export(made, tmp_path / "m.parquet"))
+    geo = json.loads(file.metadata.metadata[b"geo"])
+    assert geo["version"] == "1.1.0" and geo["primary_column"] == "geometry"
+    column = geo["columns"]["geometry"]
+    assert column["covering"]["bbox"]["xmin"] == ["bbox", "xmin"] and column["encoding"] == "WKB"
+    assert column["crs"]["id"] == {"authority": "EPSG", "code": 4326}
+    row = file.read(["bbox"]).to_pylist()[0]["bbox"]
+    np.testing.assert_allclose([row[n] for n in ("xmin", "ymin", "xmax", "ymax")], column["bbox"], atol=1e-9)
+
+
+def test_vector_tiles(made, tmp_path):
+    out = export(made, tmp_path / "m.pmtiles")
+    assert out.read_bytes()[:7] == b"PMTiles"
+    tiles = geopandas.read_file(out)
+    assert tiles["first_year"].unique().tolist() == [2022]
+    whole = tiles.dissolve().to_crs(4326).geometry.iloc[0]
+    assert whole.symmetric_difference(polygons(made).union_all()).area / whole.area < 0.01
+    with pytest.raises(InputError, match=r"no polygon to write, and \.pmtiles files can't be empty"):
+        export(made, tmp_path / "n.pmtiles", threshold=0.99)
+    assert not list(tmp_path.glob("*n.pmtiles*"))
+
+
+@pytest.mark.parametrize("ending", ["parquet", "geojson", "gpkg"])
+def test_no_polygon_is_an_empty_file(made, ending, tmp_path):
+    out = export(made, tmp_path / f"none.{ending}", threshold=0.99)
+    found = geopandas.read_parquet(out) if ending == "parquet" else geopandas.read_file(out)
+    assert len(found) == 0 and found.crs.to_epsg() == 4326
+
+
+def read_item(out):
+    told = json.loads(out.with_name(out.name + ".stac.json").read_text())
+    item = pystac.Item.from_dict(told, preserve_dict=True)
+    again = item.to_dict(include_self_link=False, transform_hrefs=False)
+    assert again == told
+    return item
+
+
+def test_a_stac_item_lies_beside_polygons(made, tmp_path):
+    out = export(made, tmp_path / "m.gpkg")
+    item = read_item(out)
+    model = MLMExtension.ext(item)
+    assert item.properties["mlm:name"] == "demo-2026" and model.architecture == "minec2fnet"
+    assert model.tasks == [TaskType.SEMANTIC_SEGMENTATION]
+    assert [band.name for band in model.input[0].bands] == ["blue", "green", "red", "nir", "swir16", "swir22"]
+    assert model.output[0].result.shape == [-1, 1, 320, 320]
+    table = TableExtension.ext(item)
+    assert [c.name for c in table.columns] == list(polygons(made).columns) and table.row_count == 1
+    assert ProjectionExtension.ext(item).code == "EPSG:4326"
+    assert item.datetime is None and str(item.common_metadata.start_datetime)[:10] == "2023-01-01"
+    assert item.assets["data"].href == "./m.gpkg" and "mlm:model" in item.assets["model"].roles
+    west, south, east, north = item.bbox
+    assert west < -66.02 and east > -65.98 and south < 6.24 and north > 6.26
+    assert item.properties["minemap:threshold"] == 0.5
+
+
+def test_a_stac_item_lies_beside_a_cog(made, tmp_path):
+    out = export(made, tmp_path / "m.tif", zone="utm32619", threshold=0.5)
+    item = read_item(out)
+    with rasterio.open(out) as source:
+        assert ProjectionExtension.ext(item).code == f"EPSG:{source.crs.to_epsg()}"
+        assert item.properties["proj:shape"] == list(source.shape)
+        assert item.properties["proj:transform"] == list(source.transform)[:6]
+        values = set(np.unique(source.read(1)).tolist())
+    told = item.assets["data"].extra_fields["bands"][0]
+    assert values <= {c["value"] for c in told["classification:classes"]} and told["nodata"] == 255
+    export(made, tmp_path / "map.png", zone="utm32619")
+    assert not (tmp_path / "map.png.stac.json").exists()
+
+
+@pytest.mark.parametrize(("west", "east"), [(179.98, -179.98), (179.97, 179.99)])
+def test_an_item_at_the_antimeridian(west, east, tmp_path):
+    drawn = {}
+    for grid in grids((west, -16.52, east, -16.5), 512):
+        drawn[grid] = {"2023": np.where(grid.owned(), 80, 255).astype(np.uint8)}
+    out = export(painted(tmp_path / "map.zarr", drawn), tmp_path / "m.geojson")
+    item = read_item(out)
+    assert (item.bbox[0] > item.bbox[2]) == (west > east)
+    assert item.bbox[0] < west and (item.bbox[2] > east)
+    for feature in (item.to_dict(), *json.loads(out.read_text())["features"]):
+        kind, parts = feature["geometry"]["type"], feature["geometry"]["coordinates"]
+        for ring in [r for part in (parts if kind == "MultiPolygon" else [parts]) for r in part]:
+            assert np.ptp(np.array(ring)[:, 0]) < 0.2 and np.abs(np.array(ring)[:, 0]).max() <= 180
+
+
+BAD = {
+    "ending": (("m.xyz",), "endings are"),
+    "threshold": (("m.geojson", "--threshold", "2"), "is a probability"),
+    "min area": (("m.parquet", "--min-area", "-1"), "in hectares"),
+    "raster with area": (("m.tif", "--min-area", "1"), r"shape polygons: \.tif has none"),
+    "zone": (("m.gpkg", "--zone", "utm32619"), "holds the polygons of all zones"),
+    "zones": (("m.tif",), "has 2 zones: name one of"),
+    "date": (("m.parquet", "--date", "2001"), "no period 2001"),
+    "folder": (("nowhere/m.parquet",), "does not exist: make it first"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_writes_nothing(case, made, minemap, tmp_path):
+    words, message = BAD[case]
+    done = minemap("export", made, tmp_path / words[0], *words[1:])
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert re.search(message, done.stderr), done.stderr
+    assert not list(tmp_path.iterdir())
