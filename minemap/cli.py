@@ -93,6 +93,7 @@ def _commands() -> Iterator[tuple[str, str, Add, Run]]:
     yield "info", "what is in a map: zones, dates, extent, model, how much was observed", _add_info, _info
     yield "export", "write a map as COG, polygons or a picture", _add_export, _export
     yield "models", "the known models; one model's card", _add_models, _models
+    yield "chips", "training chips from polygons and STAC", _add_chips, _chips
     yield (
         "train",
         "train a teacher, a student (MineC2FNet) or a baseline",
@@ -112,14 +113,7 @@ def _add_map(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--date", required=True, help="a year, a month, a day, or start/end")
     p.add_argument("--out", required=True, help="the Zarr store to make, or to go on with")
-    p.add_argument("--stac", default="earth-search", help="earth-search, planetary-computer, a URL or an item file")
-    p.add_argument("--collection", help="the source's collection (default: sentinel-2-l2a; any in an item file)")
-    p.add_argument("--max-cloud", type=float, default=60.0, metavar="PERCENT", help="of an item (60)")
-    p.add_argument("--max-scenes", type=int, default=24, metavar="N", help="acquisitions a 20-km cell (24)")
-    p.add_argument("--min-clear", type=int, default=3, metavar="N", help="with fewer clear looks: not observed (3)")
-    p.add_argument("--months", help="of the year to use, as 6-9, 11-2 or 1,6,7")
-    p.add_argument("--mask-scl", metavar="CLASSES", help="SCL classes that are no clear look (0,1,3,8,9,10)")
-    p.add_argument("--no-rescue", action="store_true", help="do not keep stable bright ground that SCL calls cloud")
+    _add_scenes(p)
     p.add_argument("--aoi", metavar="FILE", help="clip to the polygons of a vector file")
     p.add_argument("--model", metavar="NAME|PATH", help="a known model or a checkpoint's folder")
     p.add_argument("--precision", choices=("bf16", "fp32"), help="of the network (what the processor has)")
@@ -129,10 +123,22 @@ def _add_map(p: argparse.ArgumentParser) -> None:
     p.add_argument("--cluster", metavar="KIND", help="local, gpu, or a scheduler's address (tcp://HOST:PORT)")
     p.add_argument("--workers", type=int, metavar="N", help="processes of --cluster local or gpu")
     p.add_argument("--chunk", type=int, choices=(512, 1024, 2048), default=2048, help="super-tile, px (2048)")
-    p.add_argument("--reader", choices=("stackstac", "odc"), default="stackstac")
     p.add_argument("--dry-run", action="store_true", help="say what would be read, computed and written, and stop")
     p.add_argument("--overwrite", action="store_true", help="replace a map made with other parameters")
     _add_output(p)
+
+
+def _add_scenes(p: argparse.ArgumentParser) -> None:
+    """Which scenes, and how they become an image."""
+    p.add_argument("--stac", default="earth-search", help="earth-search, planetary-computer, a URL or an item file")
+    p.add_argument("--collection", help="the source's collection (default: sentinel-2-l2a; any in an item file)")
+    p.add_argument("--max-cloud", type=float, default=60.0, metavar="PERCENT", help="of an item (60)")
+    p.add_argument("--max-scenes", type=int, default=24, metavar="N", help="acquisitions a 20-km cell (24)")
+    p.add_argument("--min-clear", type=int, default=3, metavar="N", help="with fewer clear looks: not observed (3)")
+    p.add_argument("--months", help="of the year to use, as 6-9, 11-2 or 1,6,7")
+    p.add_argument("--mask-scl", metavar="CLASSES", help="SCL classes that are no clear look (0,1,3,8,9,10)")
+    p.add_argument("--no-rescue", action="store_true", help="do not keep stable bright ground that SCL calls cloud")
+    p.add_argument("--reader", choices=("stackstac", "odc"), default="stackstac")
 
 
 def _add_output(p: argparse.ArgumentParser) -> None:
@@ -188,7 +194,7 @@ def _say(a: argparse.Namespace, values: dict[str, Any], text: str | None = None)
 
 
 @contextmanager
-def _progress(a: argparse.Namespace) -> Iterator[Callable[[int, int], None] | None]:
+def _progress(a: argparse.Namespace, unit: str = "super-tiles") -> Iterator[Callable[[int, int], None] | None]:
     """A bar on a terminal, plain lines when piped, nothing with --quiet; on standard error."""
     if a.quiet:
         yield None
@@ -198,7 +204,7 @@ def _progress(a: argparse.Namespace) -> Iterator[Callable[[int, int], None] | No
 
         def line(done: int, total: int) -> None:
             if done != last[0]:
-                print(f"{done}/{total} super-tiles", file=sys.stderr, flush=True)
+                print(f"{done}/{total} {unit}", file=sys.stderr, flush=True)
                 last[0] = done
 
         yield line
@@ -206,7 +212,7 @@ def _progress(a: argparse.Namespace) -> Iterator[Callable[[int, int], None] | No
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    columns = ("super-tiles", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (unit, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
@@ -261,6 +267,37 @@ def _models(a: argparse.Namespace) -> None:
         return
     about = card(a.name)
     print(json.dumps(about) if a.json else about["text"])
+
+
+# --- chips ------------------------------------------------------------------------------------------------------
+
+
+def _add_chips(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--polygons", required=True, metavar="FILE", help="outlines of mines, any vector file")
+    p.add_argument("--layer", metavar="NAME", help="of a file that has several")
+    p.add_argument("--date", required=True, help="a year, a month, a day, or start/end")
+    p.add_argument("--out", required=True, help="a name that ends in .zarr or .npz")
+    _add_scenes(p)
+    p.add_argument("--size", type=int, default=256, metavar="PX", help="side of a chip, a power of 2 from 64 (256)")
+    p.add_argument("--min-area", type=float, default=9.8, metavar="KM2", help="of a polygon (9.8); 0: fine outlines")
+    p.add_argument("--negatives", type=int, default=0, metavar="N", help="chips nearby without a mine, at most (0)")
+    p.add_argument("--val", type=float, default=0.2, metavar="SHARE", help="of the chips that validate (0.2)")
+    p.add_argument("--seed", type=int, default=0, help="of the split and of the draw of negatives (0)")
+    p.add_argument("--overwrite", action="store_true", help="replace a set of chips")
+    _add_output(p)
+
+
+def _chips(a: argparse.Namespace) -> None:
+    from .training.chipping import ChipRule, make_chips
+
+    rule = ChipRule(a.size, a.min_area, a.negatives, a.val, a.seed)
+    with _progress(a, "chips") as progress:
+        found = make_chips(a.polygons, a.date, a.out, layer=a.layer, rule=rule, progress=progress, **_options(a))
+    text = (
+        f"{found['out']}: {found['chips']} chips in {found['blocks']} blocks, {found['with_mine']} with mine, "
+        f"{found['train']} to train, {found['val']} to validate, {found['unobserved']} places unobserved"
+    )
+    _say(a, found, text)
 
 
 # --- demo -------------------------------------------------------------------------------------------------------

@@ -107,6 +107,18 @@ class Work:
 
 
 @dataclass(frozen=True)
+class Reading:
+    """What it takes to read the image of a place: its frozen scenes, and how they become one image."""
+
+    store: Store
+    period: Period
+    bands: tuple[str, ...]
+    rule: Rule
+    access: Access
+    reader: str
+
+
+@dataclass(frozen=True)
 class Job:
     """What every task of a run shares; travels to workers, so it holds paths and settings, never data."""
 
@@ -121,6 +133,11 @@ class Job:
     reader: str
     keep_composite: bool
     aoi: bool  # whether the store's meta folder holds an area to clip to
+
+    @property
+    def reading(self) -> Reading:
+        bands = self.checkpoint.recipe.bands
+        return Reading(self.store, self.period, bands, self.rule, self.access, self.reader)
 
 
 @dataclass(frozen=True)
@@ -303,7 +320,7 @@ def _prepare(made: Plan, store: Store) -> dict[str, int]:
         index[grid.group] = store.add_period(grid.group, made.period)
     store.consolidate()
     if made.items or not (store.meta / "items.json").exists():
-        store.write_items([_with_decision(item) for item in made.items])
+        store.write_items([with_decision(item) for item in made.items])
     for (group, cell), acquisitions in made.cells.items():
         ids = [[item["id"] for item in a.items] for a in acquisitions]
         if store.read_cell(group, cell, made.period) not in (None, ids):  # --refresh found others
@@ -326,7 +343,7 @@ def _attributes(made: Plan) -> dict[str, Any]:
     }
 
 
-def _with_decision(item: Item) -> Item:
+def with_decision(item: Item) -> Item:
     decided = scaling(item)
     told = {"minemap:offset": decided.offset, "minemap:scale": decided.scale, "minemap:reason": decided.reason}
     return {**item, "properties": {**item["properties"], **told}}
@@ -462,30 +479,37 @@ def _union(one: list[int], other: tuple[int, int, int, int]) -> tuple[int, int, 
 
 
 def _image(inner: Grid, job: Job) -> tuple[np.ndarray, np.ndarray, list[str], dict[str, str]]:
-    """The composite with the model's halo, read from the source, and the clear looks without the halo."""
-    halo = job.checkpoint.recipe.halo
+    return read_image(inner, job.checkpoint.recipe.halo, job.reading)
+
+
+def read_image(inner: Grid, halo: int, how: Reading) -> tuple[np.ndarray, np.ndarray, list[str], dict[str, str]]:
+    """The composite of a place within one cell, read from the source: what maps and training chips both see.
+
+    Returns reflectance float32 (band, y + 2 halo, x + 2 halo), NaN where not observed; clear looks uint8 (y, x); the
+    ids of the items that were read; and the offset decided for each, with its reason.
+    """
     seen = inner.buffered(halo)
-    bands = job.checkpoint.recipe.bands
-    chosen = job.store.read_cell(inner.group, inner.cell, job.period)
+    chosen = how.store.read_cell(inner.group, inner.cell, how.period)
     if chosen is None:
-        raise StoreError(f"{job.store.meta} has lost the scenes of cell {inner.cell}: run again with --refresh")
-    items = [job.store.read_item(name) for acquisition in chosen for name in acquisition]
-    decided = {item["id"]: decide(item, job) for item in items}
+        raise StoreError(f"{how.store.meta} has lost the scenes of cell {inner.cell}: run again with --refresh")
+    items = [how.store.read_item(name) for acquisition in chosen for name in acquisition]
+    decided = {item["id"]: decide(item, how) for item in items}
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*no SCL")  # plan() has said so
+        warnings.filterwarnings("ignore", message=".*no SCL")  # said once, when the scenes were chosen
         layers = load_layers(
             items,
             seen,
-            bands=bands,
-            reader=job.reader,
+            bands=how.bands,
+            reader=how.reader,
             chunk=seen.height + seen.width,
-            access=job.access,
+            access=how.access,
             scalings=decided,
         )
     with ThreadPoolExecutor(READ_THREADS, "read") as pool:
-        image, count = composite_layers(layers, job.rule, lambda lazy: _loaded(lazy, pool))
+        image, count = composite_layers(layers, how.rule, lambda lazy: _loaded(lazy, pool))
     used = [str(name) for name in layers["id"].values]
-    return image, count[halo:-halo, halo:-halo], used, layers.attrs["offsets"]
+    core = slice(halo, -halo or None)
+    return image, count[core, core], used, layers.attrs["offsets"]
 
 
 def _loaded(lazy: da.Array, pool: ThreadPoolExecutor) -> np.ndarray:
@@ -498,16 +522,16 @@ def _loaded(lazy: da.Array, pool: ThreadPoolExecutor) -> np.ndarray:
     return out
 
 
-def decide(item: Item, job: Job) -> Scaling:
+def decide(item: Item, how: Reading) -> Scaling:
     """The item's scaling, corrected where its own pixels contradict it; the answer is kept beside the store."""
     said = scaling(item)
     if said.offset != OFFSET:
         return said
-    path = job.store.meta / "offsets" / f"{file_name(item['id'])}.json"
+    path = how.store.meta / "offsets" / f"{file_name(item['id'])}.json"
     if path.exists():
         return Scaling(**json.loads(path.read_text()))
     key = asset_key(item, "blue")
-    blue = read_overview(item["assets"][key]["href"], job.access) if key else np.zeros(0, np.uint16)
+    blue = read_overview(item["assets"][key]["href"], how.access) if key else np.zeros(0, np.uint16)
     if contradicts(said, blue):
         said = Scaling(0, said.scale, f"{said.reason}, but the pixels lie below the offset")
     write_atomically(path, json.dumps(asdict(said)))
@@ -563,22 +587,30 @@ def quicklook(image: np.ndarray, outside: np.ndarray, job: Job) -> np.ndarray:
 
 def load_aoi(path: str | Path) -> shapely.Geometry:
     """The union of a vector file's polygons in degrees. Raises InputError."""
-    polygons = read_shapes(path, "aoi").geometry
+    return read_polygons(path, "aoi").union_all()
+
+
+def read_polygons(path: str | Path, role: str, layer: str | None = None) -> geopandas.GeoSeries:
+    """The valid polygons of a vector file in degrees, one a feature. Raises InputError, which names `role`."""
+    polygons = read_shapes(path, role, layer).geometry
     polygons = polygons[polygons.geom_type.isin(["Polygon", "MultiPolygon"])]
     if polygons.empty:
-        raise InputError(f"aoi {path} holds no polygons")
-    return polygons.make_valid().union_all()
+        raise InputError(f"{role} {path} holds no polygons")
+    return polygons.make_valid()
 
 
-def read_shapes(path: str | Path, role: str) -> geopandas.GeoDataFrame:
-    """The features of a vector file (GeoParquet by its ending) in degrees. Raises InputError, which names `role`."""
+def read_shapes(path: str | Path, role: str, layer: str | None = None) -> geopandas.GeoDataFrame:
+    """The features of a vector file (GeoParquet by its ending) in degrees. Raises InputError, which names `role`.
+
+    layer: of a file that has several.
+    """
     import geopandas
-    from pyogrio.errors import DataSourceError
+    from pyogrio.errors import DataLayerError, DataSourceError
 
     read = geopandas.read_parquet if Path(path).suffix.lower() == ".parquet" else geopandas.read_file
     try:
-        frame = read(path)
-    except (DataSourceError, OSError, ValueError) as error:
+        frame = read(path, **({"layer": layer} if layer else {}))
+    except (DataSourceError, DataLayerError, OSError, ValueError) as error:
         raise InputError(f"{role} {path} can't be read as a vector file: {str(error).splitlines()[0]}") from error
     if frame.crs is None:
         raise InputError(f"{role} {path} has no coordinate reference system: set one in the file")

@@ -319,11 +319,15 @@ class Store:
 
     def write_items(self, items: list[Item]) -> None:
         """Adds items to those that were used, one file each and all in `items.json`, an ItemCollection."""
-        for item in items:
-            write_atomically(self.meta / "items" / f"{file_name(item['id'])}.json.gz", json.dumps(item))
+        self.keep_items(items)
         names = sorted((self.meta / "items").glob("*.json.gz"))
         every = [json.loads(gzip.decompress(name.read_bytes())) for name in names]
         write_atomically(self.meta / "items.json", json.dumps({"type": "FeatureCollection", "features": every}))
+
+    def keep_items(self, items: list[Item]) -> None:
+        """One file for each item."""
+        for item in items:
+            write_atomically(self.meta / "items" / f"{file_name(item['id'])}.json.gz", json.dumps(item))
 
     def read_item(self, name: str) -> Item:
         return json.loads(gzip.decompress((self.meta / "items" / f"{file_name(name)}.json.gz").read_bytes()))

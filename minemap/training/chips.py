@@ -1,8 +1,10 @@
 """Chips: labelled images with their places, read from one format and split by place.
 
-The format is an `.npz` with `image` (sample, [date,] band, y, x) integer reflectance x 10,000, 0 in all bands =
-no data; `mask` (sample, [date,] y, x) uint8, 1 mine, 0 not, 255 ignore; `bands`, their names. A `chips.csv` of
-the same order beside it is optional and gives `block`, `split` and other columns, one row a sample.
+The format is `image` (sample, [date,] band, y, x), integer reflectance x 10,000, 0 in all bands = no data, and a
+band that is 0 all over a chip is absent there; `mask` (sample, [date,] y, x) uint8, 1 mine, 0 not, 255 ignore;
+`bands`, their names. These are arrays of an `.npz` or of a Zarr group (there `bands` is an attribute). One value a
+sample of `place`, `date`, `block`, `split` and other columns lies in arrays beside them (`minemap chips` writes them
+so), or in a `chips.csv` of the same order next to an `.npz` without any.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import zarr
 from numpy.typing import NDArray
 
 from minemap.errors import InputError
@@ -20,6 +23,7 @@ from minemap.sentinel2 import BANDS
 
 SCALE = 10_000  # digital numbers per unit of reflectance
 IGNORE = 255
+CHIPS_MARK = "minemap:chips"  # attribute of a Zarr group that holds chips; its value is the format's version
 
 
 @dataclass(frozen=True)
@@ -27,8 +31,8 @@ class Chips:
     """Labelled images, a row for each chip and date.
 
     `image` float32 (n, band, y, x), reflectance, bands in the order of sentinel2.BANDS, NaN = absent;
-    `mask` uint8 (n, y, x), 1 mine, 0 not, 255 ignore; `columns` name -> (n,) str, from chips.csv, and
-    `sample`, the chip's place in its file.
+    `mask` uint8 (n, y, x), 1 mine, 0 not, 255 ignore; `columns` name -> (n,) str, the file's or
+    chips.csv's, and `sample`, the chip's place in its file.
     """
 
     image: NDArray[np.float32]
@@ -58,21 +62,31 @@ class Chips:
 
 
 def load_chips(path: str | Path) -> Chips:
-    """Chips from an `.npz` file, dates flattened to rows of their own; missing bands are NaN."""
+    """Chips from an `.npz` file or a Zarr group, dates flattened to rows of their own; missing bands are NaN."""
     path = Path(path)
     arrays = _arrays(path)
-    image, mask = arrays["image"], arrays["mask"]
-    dates = image.shape[1] if image.ndim == 5 else 1
+    image, mask = arrays.pop("image"), arrays.pop("mask")
+    bands = [str(b) for b in arrays.pop("bands")]
+    samples, dates = len(image), image.shape[1] if image.ndim == 5 else 1
     if image.ndim == 5:
         image, mask = image.reshape(-1, *image.shape[2:]), mask.reshape(-1, *mask.shape[2:])
-    columns = _columns(path.with_name("chips.csv"), len(image) // dates, dates)
-    return Chips(_reflectance(image, [str(b) for b in arrays["bands"]], path), mask, columns)
+    # Zarr's strings become NumPy's of fixed width by way of objects only
+    table = {name: a.astype(object).astype(str) for name, a in arrays.items() if a.shape == (samples,)}
+    columns = _columns(table or _table(path.with_name("chips.csv"), samples), samples, dates)
+    return Chips(_reflectance(image, bands, path), mask, columns)
+
+
+def is_chips(path: Path) -> bool:
+    """Whether a folder is a Zarr group of chips."""
+    try:
+        return CHIPS_MARK in zarr.open_group(path, mode="r").attrs
+    except (OSError, ValueError, KeyError):
+        return False
 
 
 def _arrays(path: Path) -> dict[str, NDArray]:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in ("image", "mask", "bands")}
+        arrays = _read_zarr(path) if path.is_dir() else _read_npz(path)
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise InputError(f"{path} cannot be read as chips: {error}") from error
     image, mask = arrays["image"], arrays["mask"]
@@ -81,27 +95,47 @@ def _arrays(path: Path) -> dict[str, NDArray]:
     return arrays
 
 
+def _read_npz(path: Path) -> dict[str, NDArray]:
+    with np.load(path, allow_pickle=False) as file:
+        return {name: file[name] for name in {"image", "mask", "bands", *file.files}}
+
+
+def _read_zarr(path: Path) -> dict[str, NDArray]:
+    if not is_chips(path):
+        raise ValueError("it is not a Zarr group that minemap chips made")
+    group = zarr.open_group(path, mode="r")
+    return {name: np.asarray(array[...]) for name, array in group.arrays()} | {
+        "bands": np.array(group.attrs["bands"])
+    }
+
+
 def _reflectance(stored: NDArray, bands: list[str], path: Path) -> NDArray[np.float32]:
     if not bands or not set(bands) <= set(BANDS):
         raise InputError(f"{path}: bands {bands} are not among {', '.join(BANDS)}")
     image = np.full((len(stored), len(BANDS), *stored.shape[2:]), np.nan, np.float32)
     values = stored.astype(np.float32) / SCALE
     values[np.broadcast_to((stored == 0).all(axis=1, keepdims=True), stored.shape)] = np.nan
+    values[(stored == 0).all(axis=(2, 3))] = np.nan
     for source, band in enumerate(bands):
         image[:, BANDS.index(band)] = values[:, source]
     return image
 
 
-def _columns(path: Path, samples: int, dates: int) -> dict[str, NDArray[np.str_]]:
-    columns = {"sample": np.arange(samples).astype(str), "date": np.tile(np.arange(dates), samples).astype(str)}
-    columns["sample"] = np.repeat(columns["sample"], dates)
-    if path.exists():
-        with path.open(newline="") as file:
-            rows = list(csv.DictReader(file))
-        if len(rows) != samples:
-            raise InputError(f"{path} has {len(rows)} rows for {samples} chips")
-        columns |= {key: np.repeat([row[key] for row in rows], dates) for key in (rows[0] if rows else ())}
-    return columns
+def _table(path: Path, samples: int) -> dict[str, NDArray[np.str_]]:
+    """The columns of a chips.csv, none where there is no such file."""
+    if not path.exists():
+        return {}
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    if len(rows) != samples:
+        raise InputError(f"{path} has {len(rows)} rows for {samples} chips")
+    return {key: np.array([row[key] for row in rows]) for key in (rows[0] if rows else ())}
+
+
+def _columns(table: dict[str, NDArray[np.str_]], samples: int, dates: int) -> dict[str, NDArray[np.str_]]:
+    columns = {"sample": np.repeat(np.arange(samples).astype(str), dates)}
+    columns["date"] = np.tile(np.arange(dates), samples).astype(str)
+    return columns | {name: np.repeat(values, dates) for name, values in table.items()}
 
 
 def check_leakage(*sets: Chips) -> None:

@@ -38,7 +38,7 @@ COLUMNS = ("accuracy", "mf1", "miou", "mine_iou", "precision", "recall", "bounda
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `minemap train`."""
     parser.add_argument("kind", choices=KINDS, help="teacher (coarse labels), student (MineC2FNet) or baseline")
-    parser.add_argument("--chips", nargs="+", required=True, metavar="FILE", help="chip files (.npz)")
+    parser.add_argument("--chips", nargs="+", required=True, metavar="FILE", help="chips (.zarr or .npz)")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the run; an interrupted one goes on")
     parser.add_argument("--teacher", metavar="PATH", help="the teacher's checkpoint")
     parser.add_argument("--name", default="fpn", choices=sorted(BASELINES), help="which baseline (default fpn)")
@@ -86,10 +86,10 @@ def _assignment(text: str) -> tuple[str, Any]:
 
 def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `minemap evaluate`."""
-    parser.add_argument("--chips", required=True, metavar="FILE", help="chips with masks (.npz)")
+    parser.add_argument("--chips", required=True, metavar="FILE", help="chips with masks (.zarr or .npz)")
     parser.add_argument("--model", metavar="NAME|PATH", help="default: the bundled model")
-    parser.add_argument("--split", metavar="NAME", help="only rows of this split (chips.csv)")
-    parser.add_argument("--by", metavar="COLUMN", help="scores for each value of a column of chips.csv")
+    parser.add_argument("--split", metavar="NAME", help="only chips of this split")
+    parser.add_argument("--by", metavar="COLUMN", help="scores for each value of a column, as split or category")
     parser.add_argument("--bands", metavar="B1,B2", help="only these bands, the others absent")
     parser.add_argument("--threshold", type=float, metavar="T", help="probability; default: the model's own")
     parser.add_argument("--json", action="store_true", help="print the scores as JSON")

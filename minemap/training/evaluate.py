@@ -31,7 +31,7 @@ def evaluate(
 def evaluate_by(
     checkpoint: Checkpoint, chips: Chips, column: str, *, threshold: float | None = None
 ) -> dict[str, dict[str, float]]:
-    """The same, for each value of a column of chips.csv."""
+    """The same, for each value of one of the chips' columns."""
     groups = chips.column(column)
     probability = predict_chips(checkpoint.network(), checkpoint.recipe, chips)
     used = checkpoint.recipe.threshold if threshold is None else threshold
