@@ -91,7 +91,7 @@ def _commands() -> Iterator[tuple[str, str, Add, Run]]:
 
     yield "map", "map a place for a date into a Zarr store", _add_map, _map
     yield "info", "what is in a map: zones, dates, extent, model, how much was observed", _add_info, _info
-    yield "export", "write a map as COG, polygons or a picture", _add_export, _export
+    yield "export", "write a map as a page, a picture, a COG or polygons", _add_export, _export
     yield "models", "the known models; one model's card", _add_models, _models
     yield "chips", "training chips from polygons and STAC", _add_chips, _chips
     yield (
@@ -235,7 +235,7 @@ def _info(a: argparse.Namespace) -> None:
 
 def _add_export(p: argparse.ArgumentParser) -> None:
     p.add_argument("map", metavar="MAP")
-    p.add_argument("out", metavar="OUT", help="ends in .tif, .parquet, .geojson, .gpkg, .pmtiles or .png")
+    p.add_argument("out", metavar="OUT", help="ends in .html, .png, .tif, .parquet, .geojson, .gpkg or .pmtiles")
     p.add_argument("--date", help="one of the map's periods (the last)")
     p.add_argument("--threshold", type=float, help="probability from which a pixel is mine; a COG then holds classes")
     p.add_argument("--min-area", type=float, default=0.0, metavar="HECTARES", help="leave smaller polygons out")
@@ -246,9 +246,15 @@ def _add_export(p: argparse.ArgumentParser) -> None:
 
 def _export(a: argparse.Namespace) -> None:
     from .export import export
+    from .page import export_page
 
     shape = {"threshold": a.threshold, "min_area": a.min_area, "smooth": a.smooth}
-    out = export(a.map, a.out, date=a.date, zone=a.zone, **shape)
+    if a.out.lower().endswith(".html"):
+        if a.zone:
+            raise InputError(f"zone {a.zone}: a page shows all zones; leave it out")
+        out = export_page(a.map, a.out, date=a.date, **shape)
+    else:
+        out = export(a.map, a.out, date=a.date, zone=a.zone, **shape)
     if not a.quiet:
         print(out)
 

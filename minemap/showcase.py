@@ -12,6 +12,7 @@ import numpy as np
 from .demo import Demo, DemoConfig, make_demo
 from .export import classes, export
 from .mapping import map_area
+from .page import export_page
 from .scenes import parse_period
 from .store import Store, open_map
 
@@ -27,7 +28,10 @@ def run_demo(
     model: str = MODEL,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Scene, map, table (`areas.csv`) and picture (`map.png`) in the folder `out`; returns a summary with the IoU."""
+    """Scene, map, table (`areas.csv`), picture (`map.png`) and page (`map.html`) in the folder `out`.
+
+    Returns a summary with the IoU.
+    """
     scene = make_demo(out / "scene", DemoConfig(seed=seed, size=size, years=(year,)))
     path = out / "map.zarr"
     summary = map_area(
@@ -40,7 +44,7 @@ def run_demo(
         keep_composite=True,
         progress=progress,
     )
-    picture = export(path, out / "map.png")
+    picture, page = export(path, out / "map.png"), export_page(path, out / "map.html", smooth=True)
     score = compare(path, scene, year)
     row = {
         "site": "demo",
@@ -54,9 +58,9 @@ def run_demo(
         writer = csv.DictWriter(file, fieldnames=list(row))
         writer.writeheader()
         writer.writerow(row)
-    lines = [f"map      {path}", f"table    {table}", f"picture  {picture}"]
+    lines = [f"map      {path}", f"table    {table}", f"picture  {picture}", f"page     {page}"]
     text = "\n".join(["  ".join(f"{k} {v}" for k, v in row.items()), *lines])
-    return {**summary, **score, "table": str(table), "picture": str(picture), "text": text}
+    return {**summary, **score, "table": str(table), "picture": str(picture), "page": str(page), "text": text}
 
 
 def compare(path: Path, scene: Demo, year: int) -> dict[str, float]:

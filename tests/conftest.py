@@ -22,7 +22,7 @@ from minemap.demo import Demo, DemoConfig, make_demo
 from minemap.grid import Grid
 from minemap.scenes import parse_period
 from minemap.sentinel2 import BANDS
-from minemap.store import Store
+from minemap.store import QUICKLOOK, Store
 
 SHARED = Path(os.environ.get("MINEMAP_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
@@ -199,8 +199,19 @@ def write_tif(path: Path, data: np.ndarray, epsg: int, transform: Any, **profile
     return path
 
 
-def painted(path: Path, zones: dict[Grid, dict[str, np.ndarray]], *, chunk: int = 512) -> Path:
-    """A finished map whose per cent we choose: grid -> period -> uint8 (y, x), 255 not observed; nothing is run."""
+def painted(
+    path: Path,
+    zones: dict[Grid, dict[str, np.ndarray]],
+    *,
+    chunk: int = 512,
+    items: tuple[str, ...] = (),
+    **attributes: Any,
+) -> Path:
+    """A finished map whose per cent we choose: grid -> period -> uint8 (y, x), 255 not observed; nothing is run.
+
+    Its quicklook is dark green, and light where most is mine. items: ids of what it was made from. attributes: of
+    the store, in place of ours.
+    """
     model = load_model("demo-2026")
     store = Store(path)
     store.create(
@@ -212,9 +223,10 @@ def painted(path: Path, zones: dict[Grid, dict[str, np.ndarray]], *, chunk: int 
             "parameters": {"precision": "fp32", "chunk": chunk, "resolution": 10.0},
             "parameters_hash": "0" * 64,
             "stac": "nowhere",
+            **attributes,
         }
     )
-    store.write_items([])
+    store.write_items([item(name, "2023-06-01", (0, 0, 1, 1), {}) for name in items])
     for grid, periods in zones.items():
         store.add_zone(grid, chunk, None)
         for period, percent in periods.items():
@@ -223,8 +235,17 @@ def painted(path: Path, zones: dict[Grid, dict[str, np.ndarray]], *, chunk: int 
             for tile in grid.tiles(chunk):
                 row, column = tile.offset_in(grid)
                 inside = slice(row, row + chunk), slice(column, column + chunk)
-                store.write_tile(tile, index, {"probability": percent[inside]})
-                record = {"windows": [0, chunk // 256, 0, chunk // 256], "items": []}
+                layers = {"probability": percent[inside], "quicklook": _look(percent[inside])}
+                store.write_tile(tile, index, layers)
+                record = {"windows": [0, chunk // 256, 0, chunk // 256], "items": list(items)}
                 store.write_record(tile, span, record)
     store.consolidate()
     return path
+
+
+def _look(percent: np.ndarray) -> np.ndarray:
+    height, width = (side // QUICKLOOK for side in percent.shape)
+    blocks = percent.reshape(height, QUICKLOOK, width, QUICKLOOK).swapaxes(1, 2).reshape(height, width, -1)
+    seen, mine = (blocks != 255).any(axis=2), ((blocks >= 50) & (blocks != 255)).mean(axis=2) > 0.5
+    colours = np.where(mine[..., None], (230, 190, 150), (40, 70, 30)) * seen[..., None]
+    return colours.transpose(2, 0, 1).astype(np.uint8)

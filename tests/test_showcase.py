@@ -23,3 +23,4 @@ def test_demo_finds_the_mines(seed, minemap, tmp_path):
         (row,) = csv.DictReader(file)
     assert float(row["iou"]) == summary["iou"] and float(row["observed_fraction"]) > 0.8
     assert (out / "map.png").stat().st_size > 50_000
+    assert 50_000 < (out / "map.html").stat().st_size < 10e6

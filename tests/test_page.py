@@ -1,0 +1,227 @@
+"""The page: one file, no request, right numbers, and it works in a real browser."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import shapely
+from conftest import painted
+from PIL import Image
+from scipy import ndimage
+
+from minemap.areas import area_table
+from minemap.errors import InputError
+from minemap.grid import CELL, Grid, grids
+from minemap.page import POLYGONS, SHAPE_BYTES, export_page
+from minemap.polygons import polygons
+
+HOSTILE = '</script><img src="http://127.0.0.1:9/x" onerror="document.title=\'owned\'"><script>document.title="owned"'
+YEARS = ("2021", "2022", "2023")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Two zones, three years: a mine across the zones' edge that grows, and a small one from 2022 on."""
+    drawn = {}
+    for grid in grids((-66.02, 6.24, -65.98, 6.26), 512):
+        lon, lat = grid._degrees(grid.y, grid.x)
+        years = {}
+        for n, year in enumerate(YEARS):
+            mine = (np.abs(lon + 66) < 0.003 * (n + 1)) & (np.abs(lat - 6.25) < 0.004)
+            mine |= (n > 0) & (np.hypot(lon + 65.99, lat - 6.26) < 0.001)
+            percent = np.where(mine, 92, 4)
+            percent[(n == 1) & (lat < 6.249)] = 255  # a year that hardly saw anything
+            years[year] = np.where(grid.owned(), percent, 255).astype(np.uint8)
+        drawn[grid] = years
+    folder = tmp_path_factory.mktemp("made")
+    return painted(folder / "map.zarr", drawn, items=("S2A_one", HOSTILE), model=HOSTILE, stac=HOSTILE)
+
+
+@pytest.fixture(scope="module")
+def page(made, tmp_path_factory):
+    return export_page(made, tmp_path_factory.mktemp("page") / "map.html")
+
+
+def data_of(page):
+    (text,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page.read_text("utf-8"))
+    return json.loads(text)
+
+
+def outline(d):
+    """An SVG path of rings back as a polygon."""
+    rings = []
+    for ring in re.findall(r"M[^z]*z", d):
+        start, _, steps = ring[1:-1].partition("l")
+        points = [list(map(int, re.findall(r"-?\d+", text))) for text in (start, steps)]
+        rings.append(np.cumsum(np.reshape(points[0] + points[1], (-1, 2)), axis=0))
+    return shapely.Polygon(rings[0], rings[1:])
+
+
+def test_the_numbers_are_those_of_the_map(made, page):
+    data = data_of(page)
+    assert [p["name"] for p in data["origin"]["periods"]] == list(YEARS)
+    table = area_table(made)
+    np.testing.assert_allclose([a["mapped_area_km2"] for a in data["areas"]], table["mapped_area_km2"], atol=1e-5)
+    assert [a["poor"] for a in data["areas"]] == [False, True, False]
+    for year, rows, count in zip(YEARS, data["polygons"], data["counts"], strict=True):
+        frame = polygons(made, date=year)
+        assert count == len(frame) == len(rows)
+        for row, expected in zip(rows, frame.itertuples(), strict=True):
+            assert row["km2"] == pytest.approx(expected.area_km2, abs=1e-6) and row["year"] == expected.first_year
+            drawn = outline(row["d"]).area * data["metres"] ** 2 / 1e6
+            assert drawn == pytest.approx(row["km2"], rel=0.01)
+    assert data["origin"]["periods"][0]["number"] == 2 and data["origin"]["source"] == HOSTILE
+
+
+def test_pictures_lie_under_the_outlines(page):
+    data = data_of(page)
+    for picture, rows in zip(data["pictures"], data["polygons"], strict=True):
+        pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(picture.partition(",")[2]))).convert("RGBA"))
+        height, width = pixels.shape[:2]
+        shape = outline(rows[0]["d"]).buffer(-100)
+        x, y = np.meshgrid((np.arange(width) + 0.5) * data["width"] / width, (np.arange(height) + 0.5))
+        inside = shapely.contains_xy(shape, x, y * data["height"] / height)
+        assert inside.sum() > 20 and (pixels[inside][:, 0] > 180).mean() > 0.95
+        away = ~shapely.contains_xy(shape.buffer(400), x, y * data["height"] / height) & (pixels[..., 3] > 0)
+        assert (pixels[away][:, 0] < 120).mean() > 0.95
+    assert [(np.asarray(_image(p))[..., 3] == 0).mean() > 0.3 for p in data["pictures"]] == [False, True, False]
+
+
+def _image(uri):
+    return Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).convert("RGBA")
+
+
+def test_the_file_asks_for_nothing_and_no_text_of_data_is_markup(page):
+    text = page.read_text("utf-8")
+    assert text.count("</script>") == 2 and "<img" not in text and "onerror=" not in text.split('id="data">')[0]
+    links = set(re.findall(r"""(?:src|href|url|import)\s*[=(]\s*["']?([^"'\s>)]+)""", text.split('id="data">')[0]))
+    assert links == {"data:,", "#poor"}  # the icon that browsers would ask for, and a pattern of the page
+    assert set(re.findall(r"https?://[^\s\"']+", text)) <= {"http://www.w3.org/2000/svg", "http://127.0.0.1:9/x\\"}
+
+
+def test_thousands_of_polygons_fit(tmp_path):
+    noise = ndimage.gaussian_filter(np.random.default_rng(0).normal(size=(1024, 1024)), 1.2)
+    percent = np.where(noise > np.quantile(noise, 0.75), 90, 3).astype(np.uint8)
+    grid = Grid(32620, 25 * float(CELL), 34 * float(CELL), 1024, 1024)
+    path = painted(tmp_path / "map.zarr", {grid: {"2023": percent}})
+    data = data_of(export_page(path, tmp_path / "map.html"))
+    assert data["counts"][0] > POLYGONS == len(data["polygons"][0]) == POLYGONS
+    assert sum(len(p["d"]) for p in data["polygons"][0]) <= SHAPE_BYTES
+    assert (tmp_path / "map.html").stat().st_size < 10e6
+    assert sorted(p["km2"] for p in data["polygons"][0])[0] > 0
+    coarse = data_of(export_page(path, tmp_path / "map.html", min_area=0.3))
+    assert 0 < coarse["counts"][0] < data["counts"][0] and coarse["areas"] == data["areas"]
+
+
+def test_bad_input(made, minemap, tmp_path):
+    done = minemap("export", made, tmp_path / "m.html", "--zone", "utm32619")
+    assert done.returncode == 2 and "a page shows all zones" in done.stderr
+    for words, message in ((("--date", "2001"), "no period 2001"), (("--threshold", "7"), "is a probability")):
+        done = minemap("export", made, tmp_path / "m.html", *words)
+        assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
+    with pytest.raises(InputError, match="does not exist: make it first"):
+        export_page(made, tmp_path / "deep" / "m.html")
+    assert not list(tmp_path.iterdir())
+
+
+# --- in a browser -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A headless Chromium that finds no host, or a skip."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+    with playwright.sync_playwright() as started:
+        own = started.chromium.executable_path
+        found = own if Path(own).exists() else next(filter(None, map(shutil.which, names)), None)
+        if found is None:
+            pytest.skip("no Chromium on this machine")
+        arguments = ["--no-sandbox", "--host-resolver-rules=MAP * ~NOTFOUND"]
+        started_browser = started.chromium.launch(executable_path=found, args=arguments)
+        yield started_browser
+        started_browser.close()
+
+
+@pytest.fixture
+def opened(browser):
+    """Opens a page from disk with the network cut off; what it asked for and what went wrong are kept."""
+    context = browser.new_context(offline=True, viewport={"width": 1300, "height": 1000})
+    asked, wrong = [], []
+
+    def open_page(path):
+        tab = context.new_page()
+        tab.on("request", lambda request: asked.append(request.url))
+        tab.on("pageerror", lambda error: wrong.append(str(error)))
+        tab.on("console", lambda message: wrong.append(message.text))
+        tab.on("dialog", lambda dialog: wrong.append(dialog.message))
+        tab.goto(path.as_uri())
+        return tab
+
+    yield open_page, asked, wrong
+    context.close()
+
+
+def test_a_browser_shows_map_slider_and_chart(page, opened, tmp_path):
+    open_page, asked, wrong = opened
+    tab = open_page(page)
+    assert tab.title() == "Mining footprint 2021 to 2023"
+    shown = "() => [...document.querySelectorAll('#view > g')].filter(g => g.style.display !== 'none')"
+    period = f"() => ({shown})().map(g => g.dataset.period).join()"
+    assert tab.evaluate(period) == "2023"
+    size = tab.evaluate(
+        f"async () => {{ const image = new Image(); image.src = ({shown})()[0].firstChild.href.baseVal;"
+        " await image.decode(); return [image.naturalWidth, image.naturalHeight] }"
+    )
+    assert min(size) > 40
+    assert tab.locator("#chart .bar").count() == 3 and tab.locator("#chart .bar.poor").count() == 1
+    heights = [float(bar.get_attribute("height")) for bar in tab.locator("#chart .bar").all()]
+    mapped = [a["mapped_area_km2"] for a in data_of(page)["areas"]]
+    np.testing.assert_allclose(np.array(heights) / heights[2], np.array(mapped) / mapped[2], rtol=1e-3)
+    pictures = {"2023": tab.locator("#map").screenshot(path=tmp_path / "2023.png")}
+
+    tab.locator("#slider").focus()
+    for expected in ("2022", "2021"):  # with the keyboard alone
+        tab.keyboard.press("ArrowLeft")
+        assert tab.evaluate(period) == expected == tab.locator("#stamp").inner_text()
+        pictures[expected] = tab.locator("#map").screenshot()
+    assert len(set(pictures.values())) == 3
+    assert _yellow(pictures["2021"]) < 0.8 * _yellow(pictures["2023"])
+    assert not tab.locator("#warn").is_visible()
+    tab.locator("#chart g").nth(1).click()
+    assert tab.evaluate(period) == "2022" and "Poorly observed" in tab.locator("#warn").inner_text()
+
+    before = tab.locator("#view").get_attribute("viewBox")
+    tab.locator("#rows button").first.click()
+    assert tab.locator(".mine.picked").count() == 1 and tab.locator("#view").get_attribute("viewBox") != before
+    tab.locator(".mine.picked").hover(force=True)
+    assert "mean probability 92 %" in tab.locator("#tip").inner_text()
+    tab.locator("#whole").click()
+    tab.locator("#outlines").uncheck()
+    assert not tab.locator(".mine.picked").is_visible()
+
+    assert set(tab.locator("#scenes li").all_text_contents()) == {"S2A_one", HOSTILE}
+    assert tab.title() == "Mining footprint 2021 to 2023" and tab.locator("img").count() == 0
+    assert [url for url in asked if not url.startswith("data:")] == [page.as_uri()] and wrong == []
+
+
+def _yellow(png):
+    """Pixels in the colour of outlines."""
+    red, green, blue = np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).astype(int).transpose(2, 0, 1)
+    return int(((red > 220) & (green > 180) & (blue < 110)).sum())
+
+
+def test_one_period_has_no_slider(made, opened, tmp_path):
+    open_page, asked, wrong = opened
+    tab = open_page(export_page(made, tmp_path / "one.html", date="2023", smooth=True))
+    assert tab.title() == "Mining footprint 2023"
+    assert not tab.locator("#slider").is_visible() and tab.locator("#chart .bar").count() == 1
+    assert tab.locator("#view .mine").count() == 2 and tab.locator("#bar").bounding_box()["width"] > 20
+    assert len(asked) == 1 + sum(url.startswith("data:") for url in asked) and wrong == []
