@@ -17,7 +17,7 @@ BASELINES = {
     "deeplabv3plus": ("DeepLabV3Plus", "resnet34"),
     "segformer": ("Segformer", "mit_b1"),
 }
-ARCHITECTURES = (*BASELINES, "minec2fnet")
+ARCHITECTURES = (*BASELINES, "minec2fnet", "minenetcd")
 
 
 def build(architecture: str, **options: Any) -> torch.nn.Module:
@@ -25,11 +25,16 @@ def build(architecture: str, **options: Any) -> torch.nn.Module:
 
     H and W are multiples of 32. `options` are the keyword arguments of the network's constructor:
     `in_channels` for all, see `MineC2FNet` for its own, segmentation-models-pytorch's for the baselines.
+    "minenetcd" takes the channels of two dates, one after the other.
     """
     if architecture == "minec2fnet":
         from minemap.models.minec2fnet import MineC2FNet
 
         return MineC2FNet(**options)
+    if architecture == "minenetcd":
+        from minemap.models.minenetcd import MineNetCD
+
+        return MineNetCD(**options)
     if architecture not in BASELINES:
         raise InputError(f"no network {architecture!r}: choose one of {', '.join(ARCHITECTURES)}")
     return _baseline(architecture, **options)

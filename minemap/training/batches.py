@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from minemap.checkpoint import Recipe
 from minemap.sentinel2 import BANDS
-from minemap.training.chips import IGNORE, Chips
+from minemap.training.chips import IGNORE, Chips, normalised
 from minemap.training.config import TOA_OFFSET, TrainConfig
 
 HAZE = np.array([1.0, 0.7, 0.5, 0.2, 0.05, 0.02], np.float32)  # relative strength by band, falls with wavelength
@@ -49,12 +49,11 @@ def make_batch(
     mask, inside = (np.stack([getattr(w, k) for w in windows]) for k in ("mask", "inside"))
     warped, mask, inside = _affine(image, mask, inside, config, rng)
     holes = _punch(mask, config, rng)
-    reflectance = _radiometry(warped.numpy(), config, rng)
+    looks = warped.numpy().reshape(-1, len(BANDS), *warped.shape[2:])  # each date of a pair by itself
+    reflectance = _radiometry(looks, config, rng).reshape(warped.shape)
     absent = ~inside & (rng.random((len(windows), 1, 1)) < config.absent)
     reflectance[np.broadcast_to((absent | holes)[:, None], reflectance.shape)] = np.nan
-    channels = [BANDS.index(b) for b in recipe.bands]
-    scaled = torch.from_numpy(recipe.normalise(reflectance[:, channels]))
-    return scaled, torch.from_numpy(mask)[:, None]
+    return torch.from_numpy(normalised(reflectance, recipe)), torch.from_numpy(mask)[:, None]
 
 
 def _draw(sets: list[Chips], config: TrainConfig, rng: Generator) -> list[Window]:
@@ -122,7 +121,8 @@ def place(image: NDArray[np.float32], mask: NDArray[np.uint8], size: int, rng: G
 
 def _scatter(sets: list[Chips], size: int, config: TrainConfig, rng: Generator) -> Window:
     """Small chips on a grid of cells, some cells empty: a large window of which little was observed."""
-    n, filled = 2, rng.uniform(0.1, 1.0)
+    n = max(2, size // config.scatter_cell) if config.scatter_cell else 2
+    filled = rng.uniform(0.1, 1.0)
     cells = [_from_chip(sets, size // n, config, rng) for _ in range(n * n)]
     keep = rng.random(n * n) < filled
     keep[rng.integers(n * n)] = True

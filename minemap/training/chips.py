@@ -18,6 +18,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
+from minemap.checkpoint import Recipe
 from minemap.errors import InputError
 from minemap.sentinel2 import BANDS
 
@@ -82,6 +83,35 @@ def is_chips(path: Path) -> bool:
         return CHIPS_MARK in zarr.open_group(path, mode="r").attrs
     except (OSError, ValueError, KeyError):
         return False
+
+
+def load_pairs(path: str | Path) -> Chips:
+    """Pairs of dates from chips of two dates, each pair in both orders, so that one class serves gain and loss.
+
+    `image` (n, 2 x band, y, x): the bands of the pair's first date, then of its second; `mask` 1 where mine at the
+    second and not at the first, 255 where either date is undecided. Column `date`: "0" in the order of time (1 =
+    gain), "1" with the dates swapped (1 = loss).
+    """
+    chips = load_chips(path)
+    if set(chips.column("date")) != {"0", "1"}:
+        raise InputError(f"{path} has chips of one date: change needs chips of two, image (sample, 2, band, y, x)")
+    image, mask = (a.reshape(-1, 2, *a.shape[1:]) for a in (chips.image, chips.mask))
+    images = np.concatenate([image, image[:, ::-1]], axis=1).reshape(-1, 2 * len(BANDS), *image.shape[3:])
+    masks = np.stack([changed(mask[:, 0], mask[:, 1]), changed(mask[:, 1], mask[:, 0])], axis=1)
+    return Chips(images, masks.reshape(-1, *mask.shape[2:]), chips.columns)
+
+
+def changed(before: NDArray[np.uint8], after: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Mask of what is mine after and not before, 255 where either is: (..., y, x) from two of the same."""
+    unknown = (before == IGNORE) | (after == IGNORE)
+    return np.where(unknown, IGNORE, (after == 1) & (before != 1)).astype(np.uint8)
+
+
+def normalised(image: NDArray[np.float32], recipe: Recipe) -> NDArray[np.float32]:
+    """Chips as a network takes them: (n, dates x band, y, x) reflectance to (n, dates x channel, y, x)."""
+    dates = image.reshape(len(image), -1, len(BANDS), *image.shape[2:])
+    wanted = dates[:, :, [BANDS.index(b) for b in recipe.bands]]
+    return recipe.normalise(wanted).reshape(len(image), -1, *image.shape[2:])
 
 
 def _arrays(path: Path) -> dict[str, NDArray]:

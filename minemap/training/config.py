@@ -33,6 +33,8 @@ class TrainConfig:
     derived: tuple[str, ...] = ()  # "ndvi"
 
     architecture: str = "minec2fnet"
+    encoder: str = "densenet121"  # of the change network
+    change_fft: bool = True  # of the change network
     imagenet: bool = False
     teacher: str | None = None  # checkpoint that the student starts from and learns from
     start: str | None = None  # checkpoint of the same network that training goes on from
@@ -71,6 +73,7 @@ class TrainConfig:
     scene: int = 128  # side from which a window may be cut from a large chip or show several small ones
     crops: float = 0.5  # of such windows, the share cut from large chips
     scatter: float = 0.2  # and of the others, the share that shows several small chips
+    scatter_cell: int = 0  # side of each one's place in it, pixels; 0: half of the window
     affine: float = 0.5  # probability of shift 0.1, scale 0.3, rotation 15 degrees
     absent: float = 0.3  # probability that what lies outside a chip is absent, not reflected
     holes: float = 0.1  # probability of a rectangle that is absent
@@ -97,6 +100,7 @@ class TrainConfig:
             "epochs": self.epochs > 0,
             "batch": self.batch > 1,
             "holdout": 0 <= self.holdout < 1,
+            "blend": not (self.blend and self.architecture == "minenetcd"),  # would mix a pair's two orders
         }
         wrong = [key for key, good in checks.items() if not good]
         if wrong:

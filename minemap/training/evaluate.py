@@ -10,9 +10,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from minemap.checkpoint import Checkpoint, Recipe
-from minemap.sentinel2 import BANDS
 from minemap.training import metrics
-from minemap.training.chips import Chips
+from minemap.training.chips import Chips, normalised
 
 MARGIN = 24  # pixels of reflection at least, on each side of a chip
 QUICK = 96  # side at least, where speed counts more than seeing a chip as a map would: while training
@@ -81,9 +80,8 @@ def padding(size: int, stride: int, seen: int) -> tuple[int, int]:
 
 
 def _normalised(chips: Chips, recipe: Recipe, pads: list[tuple[int, int]]) -> Iterator[torch.Tensor]:
-    channels = [BANDS.index(b) for b in recipe.bands]
     height, width = (n + sum(p) for n, p in zip(chips.image.shape[-2:], pads, strict=True))
     batch = max(1, PIXELS // (height * width))
     for start in range(0, len(chips), batch):
-        image = np.pad(chips.image[start : start + batch][:, channels], [(0, 0), (0, 0), *pads], mode="reflect")
-        yield torch.from_numpy(recipe.normalise(image))
+        image = np.pad(chips.image[start : start + batch], [(0, 0), (0, 0), *pads], mode="reflect")
+        yield torch.from_numpy(normalised(image, recipe))

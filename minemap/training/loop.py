@@ -26,9 +26,10 @@ from minemap.checkpoint import Checkpoint, Recipe, load_model, save
 from minemap.errors import InputError
 from minemap.models.fill import fill_absent
 from minemap.models.minec2fnet import MineC2FNet, teacher_network
+from minemap.models.minenetcd import MineNetCD
 from minemap.training import metrics
 from minemap.training.batches import make_batch
-from minemap.training.chips import Chips, check_leakage, draw_blocks, load_chips
+from minemap.training.chips import Chips, check_leakage, draw_blocks, load_chips, load_pairs
 from minemap.training.coarse import COARSENINGS, coarsen_chips
 from minemap.training.config import TrainConfig, as_json
 from minemap.training.continual import attention_loss, select_replay
@@ -120,7 +121,7 @@ def load_sets(config: TrainConfig) -> tuple[list[Chips], list[Chips]]:
     """Training and holdout rows of every chip file, by block, leakage checked."""
     if not config.data:
         raise InputError("no chip files: give at least one with --chips")
-    pairs = [_hold_out(_rows(path, config, config.rows, config.coarse), config) for path in config.data]
+    pairs = [_hold_out(path, _rows(path, config, config.rows, config.coarse), config) for path in config.data]
     return [training for training, _ in pairs], [holdout for _, holdout in pairs]
 
 
@@ -133,16 +134,21 @@ def load_replay(config: TrainConfig, teacher: nn.Module | None, recipe: Recipe) 
 
 
 def _rows(path: str, config: TrainConfig, rows: str, coarse: str) -> Chips:
-    chips = load_chips(path).split(config.split).decided()
+    load = load_pairs if config.architecture == "minenetcd" else load_chips
+    chips = load(path).split(config.split).decided()
     if rows != "all":
         chips = chips.where(draw_blocks(chips, config.fine_share, config.fine_seed) == (rows == "fine"))
     return chips if coarse == "none" else coarsen_chips(chips, COARSENINGS[coarse])
 
 
-def _hold_out(chips: Chips, config: TrainConfig) -> tuple[Chips, Chips]:
+def _hold_out(path: str, chips: Chips, config: TrainConfig) -> tuple[Chips, Chips]:
     if not config.holdout:
         return chips, chips.where(np.zeros(len(chips), bool))
     held = draw_blocks(chips, config.holdout, config.holdout_seed)
+    if config.architecture == "minenetcd":  # the blocks that a network of single dates, its start, has not seen
+        single = load_chips(path).split(config.split).decided()
+        blocks = single.column("block")[draw_blocks(single, config.holdout, config.holdout_seed)]
+        held = np.isin(chips.column("block"), blocks)
     training, holdout = chips.where(~held), chips.where(held)
     check_leakage(training, holdout)
     return training, holdout
@@ -159,6 +165,7 @@ def make_recipe(config: TrainConfig) -> Recipe:
         derived=config.derived,
         mean=tuple(MEAN[n] for n in names),
         std=tuple(STD[n] for n in names),
+        classes=("gain",) if config.architecture == "minenetcd" else ("mine",),
         threshold=0.5,
         training=_history(config),
     )
@@ -176,6 +183,8 @@ def network_options(config: TrainConfig) -> dict[str, Any]:
     options: dict[str, Any] = {"in_channels": len(config.bands) + len(config.derived)}
     if config.architecture == "minec2fnet":
         options |= {k: getattr(config, k) for k in ("gated_fusion", "cbam", "refinement", "steps", "detail")}
+    if config.architecture == "minenetcd":
+        options |= {k: getattr(config, k) for k in ("encoder", "change_fft")}
     return options
 
 
@@ -185,7 +194,9 @@ def start_network(config: TrainConfig, recipe: Recipe, teacher: nn.Module | None
     if config.imagenet and config.architecture != "minec2fnet":
         options["encoder_weights"] = "imagenet"
     network = models.build(config.architecture, **options)
-    if config.start is not None:
+    if config.start is not None and isinstance(network, MineNetCD):
+        network.start_from(load_model(config.start).network())
+    elif config.start is not None:
         # Parts that the older network lacks start as the identity.
         network.load_state_dict(load_model(config.start).network().state_dict(), strict=False)
     elif isinstance(network, MineC2FNet):
@@ -233,7 +244,9 @@ def step_loss(network: nn.Module, teacher: Any, image: Tensor, target: Tensor, c
 
 def _set_training(network: nn.Module, config: TrainConfig) -> None:
     network.train()
-    for module in network.modules():
+    # A change network's decoder has no statistics yet that could be kept
+    part = network.encoder if isinstance(network, MineNetCD) else network
+    for module in part.modules():
         if config.freeze_norm and isinstance(module, nn.BatchNorm2d):
             module.eval()
 
