@@ -1,7 +1,8 @@
 """Maps the footprint of mining from Sentinel-2, anywhere on Earth, year by year.
 
 The steps of a map as verbs, each usable alone on xarray objects:
-search -> load_cube -> composite -> predict, or map_area for all of them into a store, and open_map to read it.
+search -> load_cube -> composite -> predict, or map_area for all of them into a store, and open_map to read it;
+change compares two dates of a store.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ _HOMES = {
     "load_model": "checkpoint",
     "predict": "inference",
     "map_area": "mapping",
+    "change": "changes",
     "open_map": "store",
 }
 

@@ -90,6 +90,7 @@ def _commands() -> Iterator[tuple[str, str, Add, Run]]:
     from .training import commands as training
 
     yield "map", "map a place for a date into a Zarr store", _add_map, _map
+    yield "change", "what became mine, and what ceased to be, between two dates of a map", _add_change, _change
     yield "info", "what is in a map: zones, dates, extent, model, how much was observed", _add_info, _info
     yield "export", "write a map as a page, a picture, a COG or polygons", _add_export, _export
     yield "models", "the known models; one model's card", _add_models, _models
@@ -216,6 +217,32 @@ def _progress(a: argparse.Namespace, unit: str = "super-tiles") -> Iterator[Call
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+# --- change -----------------------------------------------------------------------------------------------------
+
+
+def _add_change(p: argparse.ArgumentParser) -> None:
+    p.add_argument("map", metavar="MAP")
+    p.add_argument("--before", required=True, metavar="DATE", help="one of the map's periods")
+    p.add_argument("--after", required=True, metavar="DATE", help="a later one")
+    p.add_argument("--out", required=True, help="the Zarr store to make, or to go on with")
+    p.add_argument("--table", metavar="FILE", help="areas of each class by zone, .csv or .parquet")
+    p.add_argument("--method", choices=("maps", "minenetcd"), default="maps", help="how to compare (maps)")
+    p.add_argument("--threshold", type=float, help="probability from which a pixel is mine (maps: the map's model's)")
+    p.add_argument("--cluster", metavar="KIND", help="local, gpu, or a scheduler's address (tcp://HOST:PORT)")
+    p.add_argument("--workers", type=int, metavar="N", help="processes of --cluster local or gpu")
+    p.add_argument("--overwrite", action="store_true", help="replace what was made with other parameters")
+    _add_output(p)
+
+
+def _change(a: argparse.Namespace) -> None:
+    from .changes import change, told
+
+    names = ("before", "after", "out", "table", "method", "threshold", "cluster", "workers", "overwrite")
+    with _progress(a) as progress:
+        summary = change(a.map, **{name: getattr(a, name) for name in names}, progress=progress)
+    _say(a, summary, told(summary))
 
 
 # --- looking at maps and models ---------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import dask
 import dask.array as da
@@ -106,6 +106,22 @@ class Work:
         return self.tile.window(top, left, bottom - top, right - left)
 
 
+class Task(Protocol):
+    """What a run over super-tiles shares: where its records are, and what to do with one of them."""
+
+    @property
+    def store(self) -> Store: ...
+
+    @property
+    def period(self) -> Period: ...
+
+    @property
+    def counted(self) -> tuple[str, ...]:
+        """Names of what `make` returns, in the order of the table."""
+
+    def make(self, work: Work) -> dict[str, float]: ...
+
+
 @dataclass(frozen=True)
 class Reading:
     """What it takes to read the image of a place: its frozen scenes, and how they become one image."""
@@ -134,10 +150,16 @@ class Job:
     keep_composite: bool
     aoi: bool  # whether the store's meta folder holds an area to clip to
 
+    counted: ClassVar[tuple[str, ...]] = COUNTS
+
     @property
     def reading(self) -> Reading:
         bands = self.checkpoint.recipe.bands
         return Reading(self.store, self.period, bands, self.rule, self.access, self.reader)
+
+    def make(self, work: Work) -> dict[str, float]:
+        """The task of a super-tile."""
+        return make_tile(work, self)
 
 
 @dataclass(frozen=True)
@@ -304,7 +326,7 @@ def map_area(
     store = Store.at(out)
     with connect(cluster, workers) if client is None else nullcontext(client) as connected, store.locked():
         job = _job(made, store, _prepare(made, store), worker_count(connected, workers))
-        counts = _run(made.work, job, connected, progress, gpu=cluster == "gpu")
+        counts = run_tiles(made.work, job, connected, progress, gpu=cluster == "gpu")
     return _summary(made, store, counts, time.monotonic() - start)
 
 
@@ -365,15 +387,15 @@ def _job(made: Plan, store: Store, index: dict[str, int], sharing: int) -> Job:
     )
 
 
-def _run(
+def run_tiles(
     work: list[Work],
-    job: Job,
+    job: Task,
     client: Client | None,
     progress: Callable[[int, int], None] | None,
     *,
     gpu: bool = False,
 ) -> np.ndarray:
-    """Makes every super-tile; returns COUNTS of each, float64 (tile, count)."""
+    """Makes every super-tile; returns what the job counts in each, float64 (tile, count)."""
     annotations: dict[str, Any] = {"retries": RETRIES, **({"resources": GPU} if gpu else {})}
     with dask.annotate(**annotations):
         counts = graph(work, job)
@@ -384,25 +406,25 @@ def _run(
         return counts.compute(**scheduler).values
 
 
-def graph(work: list[Work], job: Job) -> xr.DataArray:
-    """One task a super-tile through xarray.map_blocks: lazy COUNTS of each, float64 (tile, count)."""
+def graph(work: list[Work], job: Task) -> xr.DataArray:
+    """One task a super-tile through xarray.map_blocks: lazy counts of each, float64 (tile, count)."""
     rows = np.array([(w.tile.epsg, w.tile.left, w.tile.top, w.tile.height, *w.windows) for w in work])
     table = xr.DataArray(da.from_array(rows, chunks=(1, -1)), dims=("tile", "field"))
-    template = xr.DataArray(da.zeros((len(work), len(COUNTS)), chunks=(1, -1)), dims=("tile", "count"))
-    return xr.map_blocks(_block, table, [job, job.checkpoint.recipe.resolution], template=template)
+    template = xr.DataArray(da.zeros((len(work), len(job.counted)), chunks=(1, -1)), dims=("tile", "count"))
+    return xr.map_blocks(_block, table, [job, work[0].tile.resolution], template=template)
 
 
-def _block(row: xr.DataArray, job: Job, resolution: float) -> xr.DataArray:
+def _block(row: xr.DataArray, job: Task, resolution: float) -> xr.DataArray:
     if not row.size:  # xarray tries a function on nothing
-        return xr.DataArray(np.zeros((0, len(COUNTS))), dims=("tile", "count"))
+        return xr.DataArray(np.zeros((0, len(job.counted))), dims=("tile", "count"))
     epsg, left, top, side, *windows = row.values[0]
     tile = Grid(int(epsg), float(left), float(top), int(side), int(side), resolution)
-    counts = make_tile(Work(tile, tuple(int(n) for n in windows)), job)  # type: ignore[arg-type]
-    return xr.DataArray(np.array([[counts[name] for name in COUNTS]]), dims=("tile", "count"))
+    counts = job.make(Work(tile, tuple(int(n) for n in windows)))  # type: ignore[arg-type]
+    return xr.DataArray(np.array([[counts[name] for name in job.counted]]), dims=("tile", "count"))
 
 
 @contextmanager
-def _watched(work: list[Work], job: Job, progress: Callable[[int, int], None] | None) -> Iterator[None]:
+def _watched(work: list[Work], job: Task, progress: Callable[[int, int], None] | None) -> Iterator[None]:
     """Calls `progress` as records appear in the ledger, which is the same for any kind of cluster."""
     if progress is None:
         yield

@@ -69,16 +69,17 @@ def parameters_hash(parameters: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Store:
-    """A map on disk. Cheap to make and to send to workers: it holds paths only."""
+    """A map on disk, or a map of change. Cheap to make and to send to workers: it holds paths only."""
 
     path: Path
+    kind: str = "map"  # or "change"
 
     @staticmethod
-    def at(out: str | Path) -> Store:
+    def at(out: str | Path, kind: str = "map") -> Store:
         """The store of a name as a user gives it. Raises InputError for an object store's address."""
         if "://" in str(out):
             raise InputError(f"output {out} is an address: stores are local folders or shared file systems")
-        return Store(Path(out).expanduser().resolve())
+        return Store(Path(out).expanduser().resolve(), kind)
 
     @property
     def meta(self) -> Path:
@@ -90,13 +91,16 @@ class Store:
         return self.path.exists() or self.path.is_symlink()
 
     def attributes(self) -> dict[str, Any]:
-        """The root's attributes; StoreError when what is there is not a map of ours."""
+        """The root's attributes; StoreError when what is there is not a store of ours and of our kind."""
         try:
             attributes = dict(zarr.open_group(self.path, mode="r").attrs)
         except (OSError, ValueError, KeyError) as error:
             raise StoreError(f"{self.path} is not a minemap store: {_reason(self.path)}") from error
         if "minemap:layout" not in attributes:
             raise StoreError(f"{self.path} is a Zarr store, but not one of minemap; choose another output")
+        kind = attributes.get("minemap:kind", "map")
+        if kind != self.kind:
+            raise StoreError(f"{self.path} is a store of kind {kind!r}, not {self.kind!r}: give another")
         return attributes
 
     def check(self, parameters: dict[str, Any], grids: list[Grid], *, overwrite: bool = False) -> None:
@@ -130,7 +134,8 @@ class Store:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", dir=self.path.parent))
         try:
-            zarr.create_group(draft, zarr_format=3, attributes={"minemap:layout": VERSION, **attributes})
+            about = {"minemap:layout": VERSION, "minemap:kind": self.kind, **attributes}
+            zarr.create_group(draft, zarr_format=3, attributes=about)
             draft.chmod(0o777 & ~_umask())
             # The ledger first: without records nothing counts as done, wherever this stops
             for name in ("ledger", "cells", "items", "offsets"):
@@ -174,39 +179,30 @@ class Store:
         Nothing to do where the group is there already. Made under another name and renamed, so it is whole or not
         there.
         """
+        with self._new_zone(grid) as group:
+            if group is not None:
+                _fill_zone(group, grid, chunk, bands)
+
+    def add_change_zone(self, grid: Grid, chunk: int, *, first_year: bool) -> None:
+        """The same for a store of change: `change` and, if wanted, `first_year`, both (y, x)."""
+        with self._new_zone(grid) as group:
+            if group is None:
+                return
+            for name, layer in CHANGE_LAYERS.items():
+                if first_year or name != "first_year":
+                    _sharded(group, name, layer, grid, chunk, timed=False)
+            _coordinates(group, grid)
+
+    @contextmanager
+    def _new_zone(self, grid: Grid) -> Iterator[zarr.Group | None]:
+        """A zone's group to fill, under another name until it is whole; None where it is there already."""
         for left_over in self.path.glob("draft-*"):
             shutil.rmtree(left_over, ignore_errors=True)
         if grid.group in self.groups():
+            yield None
             return
         draft = f"draft-{grid.group}"
-        group = self._zone("", "r+").create_group(draft, attributes=_zone_attributes(grid))
-        layers: dict[str, _Layer] = {
-            "probability": _Layer("uint8", NOT_OBSERVED, {"long_name": "probability of mine", "units": "percent"}),
-            "observations": _Layer("uint8", None, {"long_name": "number of clear acquisitions", "units": "1"}),
-        }
-        if bands:
-            # Band names are an attribute: Zarr v3 has no settled string type for a coordinate
-            about = {
-                "long_name": "surface reflectance, median",
-                "scale_factor": 1e-4,
-                "units": "1",
-                "bands": list(bands),
-            }
-            layers["composite"] = _Layer("uint16", 0, about, bands=len(bands))
-        for name, layer in layers.items():
-            _sharded(group, name, layer, grid, chunk)
-        side = chunk // QUICKLOOK
-        group.create_array(
-            "quicklook",
-            shape=(0, 3, grid.height // QUICKLOOK, grid.width // QUICKLOOK),
-            chunks=(1, 3, side, side),
-            dtype="uint8",
-            fill_value=0,
-            compressors=ZstdCodec(level=5, checksum=True),
-            dimension_names=("time", "rgb", "y80", "x80"),
-            attributes={"long_name": f"red, green, blue of the composite, {QUICKLOOK} px means, 0 = not observed"},
-        )
-        _coordinates(group, grid)
+        yield self._zone("", "r+").create_group(draft, attributes=_zone_attributes(grid))
         (self.path / draft).rename(self.path / grid.group)
 
     def add_period(self, group: str, period: Period) -> int:
@@ -266,20 +262,21 @@ class Store:
 
     # --- tiles and their records --------------------------------------------------------------------------------
 
-    def write_tile(self, tile: Grid, index: int, layers: dict[str, np.ndarray]) -> None:
-        """One super-tile of one period: every array of `layers` (…, y, x) into its shard."""
+    def write_tile(self, tile: Grid, index: int | None, layers: dict[str, np.ndarray]) -> None:
+        """One super-tile of one period (None: of arrays without time): each of `layers` (…, y, x) into its shard."""
         zone = self._zone(tile.group, "r+")
         row, column = tile.offset_in(self.grid(tile.group))
         for name, data in layers.items():
             scale = QUICKLOOK if name == "quicklook" else 1
             y = slice(row // scale, row // scale + data.shape[-2])
             x = slice(column // scale, column // scale + data.shape[-1])
-            _array(zone, name)[index, ..., y, x] = data
+            _array(zone, name)[(y, x) if index is None else (index, ..., y, x)] = data
 
-    def read_tile(self, tile: Grid, index: int, name: str) -> np.ndarray:
+    def read_tile(self, tile: Grid, index: int | None, name: str) -> np.ndarray:
         zone = self._zone(tile.group, "r")
         row, column = tile.offset_in(self.grid(tile.group))
-        return np.asarray(_array(zone, name)[index, ..., row : row + tile.height, column : column + tile.width])
+        y, x = slice(row, row + tile.height), slice(column, column + tile.width)
+        return np.asarray(_array(zone, name)[(y, x) if index is None else (index, ..., y, x)])
 
     def record_path(self, tile: Grid, period: Period) -> Path:
         side = tile.width * tile.resolution
@@ -419,27 +416,77 @@ def _umask() -> int:
 
 @dataclass(frozen=True)
 class _Layer:
-    """missing: the stored value of a pixel without an answer, None when every value is one."""
+    """missing: the stored value of a pixel without an answer, None when every value is one. empty: what a pixel
+    that was never written then reads as."""
 
     dtype: str
     missing: int | None
     about: dict[str, Any]
     bands: int = 0
+    empty: int = 0
 
 
-def _sharded(group: zarr.Group, name: str, layer: _Layer, grid: Grid, chunk: int) -> None:
-    """An array without any period yet: a shard a super-tile, chunks of one window, zstd with a checksum."""
+CHANGE_LAYERS = {
+    "change": _Layer(
+        "uint8",
+        None,  # xarray would turn classes into floats
+        {
+            "long_name": "change of the mining footprint between two dates",
+            "flag_values": [0, 1, 2, 3, NOT_OBSERVED],
+            "flag_meanings": "never_mine mine_at_both_dates gain loss not_observed_at_both",
+        },
+        empty=NOT_OBSERVED,
+    ),
+    "first_year": _Layer("uint16", None, {"long_name": "first year in which a pixel was seen as mine, 0 = never"}),
+}
+
+
+def _fill_zone(group: zarr.Group, grid: Grid, chunk: int, bands: tuple[str, ...] | None) -> None:
+    """The arrays and coordinates of a map's zone, without any period yet."""
+    layers: dict[str, _Layer] = {
+        "probability": _Layer("uint8", NOT_OBSERVED, {"long_name": "probability of mine", "units": "percent"}),
+        "observations": _Layer("uint8", None, {"long_name": "number of clear acquisitions", "units": "1"}),
+    }
+    if bands:
+        # Band names are an attribute: Zarr v3 has no settled string type for a coordinate
+        about = {
+            "long_name": "surface reflectance, median",
+            "scale_factor": 1e-4,
+            "units": "1",
+            "bands": list(bands),
+        }
+        layers["composite"] = _Layer("uint16", 0, about, bands=len(bands))
+    for name, layer in layers.items():
+        _sharded(group, name, layer, grid, chunk)
+    side = chunk // QUICKLOOK
+    group.create_array(
+        "quicklook",
+        shape=(0, 3, grid.height // QUICKLOOK, grid.width // QUICKLOOK),
+        chunks=(1, 3, side, side),
+        dtype="uint8",
+        fill_value=0,
+        compressors=ZstdCodec(level=5, checksum=True),
+        dimension_names=("time", "rgb", "y80", "x80"),
+        attributes={"long_name": f"red, green, blue of the composite, {QUICKLOOK} px means, 0 = not observed"},
+    )
+    _coordinates(group, grid)
+    _times(group, grid)
+
+
+def _sharded(group: zarr.Group, name: str, layer: _Layer, grid: Grid, chunk: int, *, timed: bool = True) -> None:
+    """An array, without any period yet: a shard a super-tile, chunks of one window, zstd with a checksum."""
     sizes = (layer.bands,) if layer.bands else ()
+    time: tuple[str, ...] = ("time",) if timed else ()
     fill = {} if layer.missing is None else {"_FillValue": layer.missing}
     group.create_array(
         name,
-        shape=(0, *sizes, *grid.shape),
-        shards=(1, *sizes, chunk, chunk),
-        chunks=(1, *(1 for _ in sizes), WINDOW, WINDOW),
+        shape=(*(0 for _ in time), *sizes, *grid.shape),
+        shards=(*(1 for _ in time), *sizes, chunk, chunk),
+        chunks=(*(1 for _ in time), *(1 for _ in sizes), WINDOW, WINDOW),
         dtype=layer.dtype,
-        fill_value=layer.missing or 0,
+        fill_value=layer.empty if layer.missing is None else layer.missing,
         compressors=ZstdCodec(level=5, checksum=True),
-        dimension_names=("time", *("band" for _ in sizes), "y", "x"),
+        dimension_names=(*time, *("band" for _ in sizes), "y", "x"),
         # xarray makes a coordinate, which rioxarray wants, only of what "coordinates" names
         attributes={**layer.about, "grid_mapping": "spatial_ref", "coordinates": "spatial_ref", **fill},
     )
@@ -494,8 +541,12 @@ def _coordinates(group: zarr.Group, grid: Grid) -> None:
     for name, values in (("y", grid.y), ("x", grid.x)):
         about = {"units": "m", "standard_name": f"projection_{name}_coordinate", "axis": name.upper()}
         _small(group, name, values, (name,), about)
-        step = QUICKLOOK
-        means = values.reshape(-1, step).mean(axis=1)
+
+
+def _times(group: zarr.Group, grid: Grid) -> None:
+    """Coordinates of the quicklook and of time."""
+    for name, values in (("y", grid.y), ("x", grid.x)):
+        means = values.reshape(-1, QUICKLOOK).mean(axis=1)
         _small(group, f"{name}80", means, (f"{name}80",), {"units": "m", "long_name": f"{name} of the quicklook"})
     days = {"units": "days since 1970-01-01", "calendar": "proleptic_gregorian"}
     none = np.zeros((0,), np.int64)

@@ -101,9 +101,7 @@ class MineNetCD(nn.Module):
         super().__init__()
         self.encoder: Any = smp.encoders.get_encoder(encoder, in_channels=in_channels, depth=DEPTH, weights=None)
         channels = self.encoder.out_channels
-        self.mixers = nn.ModuleList(
-            ChangeFFT(n) if change_fft else nn.Identity() for n in channels[-LEVELS:]
-        )
+        self.mixers = nn.ModuleList(ChangeFFT(n) if change_fft else nn.Identity() for n in channels[-LEVELS:])
         self.decoder = UPerNetDecoder(channels, DEPTH, decoder_channels=width, use_norm="identity")
         self.head = SegmentationHead(width, 1, kernel_size=1, upsampling=4)
 

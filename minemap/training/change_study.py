@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ BASE: dict[str, Any] = {
     "ssim": 0.0,
     "boundary": 0.0,
     "selection": "none",
-    "sizes": [64, 64, 64, 64, 64, 64, 128, 320],
+    "sizes": [*(64,) * 10, 128, 128, 320, 320],
     "scene": 128,
     "scatter": 0.7,
     "scatter_cell": 64,
@@ -38,27 +39,27 @@ BASE: dict[str, Any] = {
     "holes": 0.0,
     "jitter": 0.07,
     "affine": 0.3,
-    "batch": 32,
-    "epochs": 14,
+    "batch": 16,
+    "epochs": 10,
     "warmup": 1,
     "learning_rate": 5e-4,
     "weight_decay": 0.01,
     "schedule": "cosine",
     "stop": 0,
-    "ema": 0.97,
+    "ema": 0.98,
     "threads": 1,
 }
 MAPS = "difference of two maps"
 METHODS: dict[str, dict[str, Any]] = {"with ChangeFFT": {}, "without ChangeFFT": {"change_fft": False}}
 DIRECTIONS = {"gain": "0", "loss": "1"}  # column `date` of the pairs
-KEYS = ("accuracy", "precision", "recall", "f1", "ciou")
+KEYS = ("f1", "ciou", "precision", "recall", "accuracy")
 
 
-def run(chips: str, out: Path, *, seeds: int) -> None:
+def run(chips: str, out: Path, *, seeds: Sequence[int]) -> None:
     """The difference of two maps, and every method on every seed; what has a line already is skipped."""
     out.mkdir(parents=True, exist_ok=True)
     done = {(row["seed"], row["method"]) for row in read(out)}
-    wanted = [(0, MAPS), *((seed, method) for seed in range(seeds) for method in METHODS)]
+    wanted = [(0, MAPS), *((seed, method) for seed in seeds for method in METHODS)]
     for seed, method in (pair for pair in wanted if pair not in done):
         row = difference_of_maps(chips) if method == MAPS else run_one(chips, out, seed=seed, method=method)
         with (out / RESULTS).open("a") as file:
@@ -81,8 +82,11 @@ def run_one(chips: str, out: Path, *, seed: int, method: str) -> dict[str, Any]:
 
 def difference_of_maps(chips: str) -> dict[str, Any]:
     """The default model's map of each date, thresholded: mine in the one and not in the other."""
+    import torch
+
     from minemap.training.evaluate import predict_chips
 
+    torch.set_num_threads(1)
     model = load_model()
     dates = load_chips(chips)
     pairs = load_pairs(chips)
@@ -105,7 +109,7 @@ def by_direction(predicted: NDArray[np.bool_], pairs: Chips) -> dict[str, dict[s
     }
 
 
-def change_scores(counts: NDArray[np.integer]) -> dict[str, float]:
+def change_scores(counts: NDArray[np.int64]) -> dict[str, float]:
     """Scores of the change class in per cent, from one confusion (tn, fp, fn, tp)."""
     found = metrics.scores(counts)
     iou = found["mine_iou"]
@@ -126,7 +130,9 @@ def table(rows: list[dict[str, Any]], samples: int = 2000) -> str:
         for method in (MAPS, *METHODS):
             found = [change_scores(c.sum(axis=0)) for c in blocks(rows, method, direction).values()]
             if found:
-                cells = [_spread([f[key] for f in found]) for key in ("f1", "ciou", "precision", "recall", "accuracy")]
+                cells = [
+                    _spread([f[key] for f in found]) for key in ("f1", "ciou", "precision", "recall", "accuracy")
+                ]
                 lines.append(f"| {direction} | {method} | {len(found)} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", *(text for d in DIRECTIONS if (text := _paired(rows, d, samples)))])
 
@@ -170,7 +176,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("action", choices=("run", "table"))
     parser.add_argument("--chips", help="mines6/chips.npz")
     parser.add_argument("--out", type=Path, default=Path("runs/change"))
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     args = parser.parse_args(arguments)
     if args.action == "run":
         run(args.chips, args.out, seeds=args.seeds)

@@ -95,7 +95,8 @@ def load_pairs(path: str | Path) -> Chips:
     chips = load_chips(path)
     if set(chips.column("date")) != {"0", "1"}:
         raise InputError(f"{path} has chips of one date: change needs chips of two, image (sample, 2, band, y, x)")
-    image, mask = (a.reshape(-1, 2, *a.shape[1:]) for a in (chips.image, chips.mask))
+    image = chips.image.reshape(-1, 2, *chips.image.shape[1:])
+    mask = chips.mask.reshape(-1, 2, *chips.mask.shape[1:])
     images = np.concatenate([image, image[:, ::-1]], axis=1).reshape(-1, 2 * len(BANDS), *image.shape[3:])
     masks = np.stack([changed(mask[:, 0], mask[:, 1]), changed(mask[:, 1], mask[:, 0])], axis=1)
     return Chips(images, masks.reshape(-1, *mask.shape[2:]), chips.columns)

@@ -1,0 +1,359 @@
+"""What became mine and what ceased to be between two dates of a map: a store of change and a table of areas.
+
+    change.zarr/utm32720/{change, first_year, y, x, spatial_ref}
+    change.zarr.meta/{ledger/, lock}
+
+Made like a map: one task a super-tile, data first, then its record, so that a run goes on where one stopped. A
+record also holds a digest of the two records of the map that it was made from: what was mapped again since, or over
+more windows, is made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from . import __version__
+from .areas import first_year, read_periods
+from .cluster import connect
+from .errors import InputError, StoreError
+from .grid import Grid, pixel_area_km2
+from .inference import NOT_OBSERVED, mine_from
+from .mapping import AOI, Work, inside_aoi, run_tiles
+from .scenes import Period, parse_period
+from .store import Store, parameters_hash
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from distributed import Client
+
+METHODS = ("maps",)
+NEVER, BOTH, GAIN, LOSS = range(4)
+CLASSES = ("never_km2", "both_km2", "gain_km2", "loss_km2", "not_observed_km2")
+SERIES = 3  # periods of a zone from which it has a first year worth telling
+TABLES = (".csv", ".parquet")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What every task of a run shares. store: of the change; map: what it is made from; period: from the first day
+    of the earlier date to the last of the later. limit: whole per cent from which a pixel of a map is mine."""
+
+    store: Store
+    map: Store
+    before: Period
+    after: Period
+    limit: int
+    series: dict[str, list[Period]]  # group -> its periods, where they are enough for a first year
+
+    counted: ClassVar[tuple[str, ...]] = (*CLASSES, "computed")
+
+    @property
+    def period(self) -> Period:
+        return Period(self.before.start, self.after.end)
+
+    def make(self, work: Work) -> dict[str, float]:
+        """Compares one super-tile and writes it, unless the ledger has it; km² of each class."""
+        source = self.source(work.tile)
+        record = self.store.record(work.tile, self.period)
+        if record is not None and record["source"] == source:
+            classes = self.store.read_tile(work.tile, None, "change")
+            return {**self.count(classes, work), "computed": 0.0}
+        layers = {"change": self.classes(work)}
+        if periods := self.series.get(work.tile.group):
+            layers["first_year"] = self.first_year(work.tile, periods)
+        self.store.write_tile(work.tile, None, layers)
+        counts = self.count(layers["change"], work)
+        self.store.write_record(work.tile, self.period, {"windows": work.windows, "source": source, **counts})
+        return {**counts, "computed": 1.0}
+
+    def source(self, tile: Grid) -> str:
+        """A digest of the map's records of all periods that the super-tile's answer depends on."""
+        periods = [self.before, self.after, *self.series.get(tile.group, [])]
+        records = [self.map.record(tile, period) for period in periods]
+        return hashlib.sha256(json.dumps(records, sort_keys=True).encode()).hexdigest()
+
+    def classes(self, work: Work) -> np.ndarray:
+        """Class of each pixel of a super-tile, uint8 (y, x)."""
+        before, after = read_periods(self.map, work.tile, [self.before, self.after])
+        return compare(before, after, self.limit)
+
+    def first_year(self, tile: Grid, periods: list[Period]) -> np.ndarray:
+        """First year seen as mine, uint16 (y, x). One period is held at a time."""
+        found = np.zeros(tile.shape, np.uint16)
+        for period in periods:
+            mine = as_mine(read_periods(self.map, tile, [period]), self.limit)
+            found = np.where(found == 0, first_year(mine, [period.start.year]), found)
+        return found
+
+    def count(self, classes: np.ndarray, work: Work) -> dict[str, float]:
+        """km² on the ellipsoid of each class, within the windows, the zone and the area of interest of the map."""
+        inner = work.inner
+        row, column = inner.offset_in(work.tile)
+        asked = inner.owned()
+        if (self.map.meta / AOI).exists():
+            asked &= inside_aoi(inner, self.map.meta / AOI)
+        area, found = pixel_area_km2(inner), classes[row : row + inner.height, column : column + inner.width]
+        values = (NEVER, BOTH, GAIN, LOSS, NOT_OBSERVED)
+        return {name: float(area[asked & (found == v)].sum()) for name, v in zip(CLASSES, values, strict=True)}
+
+
+def compare(before: np.ndarray, after: np.ndarray, limit: int) -> np.ndarray:
+    """Classes of change from two maps, uint8: 0 never mine, 1 mine at both, 2 gain, 3 loss, 255 not observed at both.
+
+    before, after: whole per cent, uint8, 255 = not observed. limit: the per cent from which a pixel is mine.
+    """
+    was, now = before >= limit, after >= limit
+    classes = np.select([was & now, now, was], [BOTH, GAIN, LOSS], NEVER)
+    unseen = (before == NOT_OBSERVED) | (after == NOT_OBSERVED)
+    return np.where(unseen, NOT_OBSERVED, classes).astype(np.uint8)
+
+
+def as_mine(percent: np.ndarray, limit: int) -> np.ndarray:
+    """1 mine, 0 not, 255 not observed, uint8."""
+    return np.where(percent == NOT_OBSERVED, NOT_OBSERVED, percent >= limit).astype(np.uint8)
+
+
+def change(
+    path: str | Path,
+    *,
+    before: str | Period,
+    after: str | Period,
+    out: str | Path,
+    method: str = "maps",
+    table: str | Path | None = None,
+    threshold: float | None = None,
+    overwrite: bool = False,
+    cluster: str | None = None,
+    workers: int | None = None,
+    client: Client | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Compares two periods of the map `path` into the store `out`; returns what `minemap change --json` prints.
+
+    before, after: two of the map's periods, as its dates were given. method: "maps", two maps thresholded. table: a
+    .csv or .parquet file of areas to write. threshold: probability from which a pixel is mine, 0-1; the model's own
+    when None. cluster, workers, client, progress: as of `map_area`. A second run goes on where a first one stopped.
+
+    The store has a group for each zone of the map: `change` uint8 (y, x), 0 never mine, 1 mine at both dates, 2 gain,
+    3 loss, 255 not observed at both; and `first_year` uint16 (y, x), 0 = never, where the map has at least three
+    periods. Raises subclasses of MinemapError.
+    """
+    start = time.monotonic()
+    plan = Plan.of(path, before, after, out, method=method, table=table, threshold=threshold)
+    store = plan.job.store
+    store.check(plan.parameters, plan.grids, overwrite=overwrite)
+    with connect(cluster, workers) if client is None else nullcontext(client) as connected, store.locked():
+        plan.prepare(overwrite=overwrite)
+        counts = run_tiles(plan.work, plan.job, connected, progress, gpu=cluster == "gpu")
+    frame = area_table(plan, counts)
+    if plan.table is not None:
+        write_table(frame, plan.table)
+    return _summary(plan, frame, counts, time.monotonic() - start)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do, checked before anything is written."""
+
+    job: Comparison
+    method: str
+    threshold: float
+    table: Path | None
+    work: list[Work]
+
+    @staticmethod
+    def of(
+        path: str | Path,
+        before: str | Period,
+        after: str | Period,
+        out: str | Path,
+        *,
+        method: str,
+        table: str | Path | None,
+        threshold: float | None,
+    ) -> Plan:
+        if method not in METHODS:
+            raise InputError(f"unknown method {method!r}: give one of {', '.join(METHODS)}")
+        if threshold is not None and not 0 <= threshold <= 1:
+            raise InputError(f"threshold {threshold} is a probability, 0 to 1")
+        target = _table_file(table)
+        source, store = Store.at(path), Store.at(out, "change")
+        about = source.attributes()
+        first, second = find_period(source, before), find_period(source, after)
+        if first.end >= second.start:
+            raise InputError(f"before ({first}) must end earlier than after ({second}) starts: choose other dates")
+        limit = about["recipe"]["threshold"] if threshold is None else threshold
+        job = Comparison(store, source, first, second, mine_from(limit), _series(source))
+        return Plan(job, method, limit, target, _common_work(source, first, second))
+
+    @cached_property
+    def about(self) -> dict[str, Any]:
+        """The map's attributes."""
+        return self.job.map.attributes()
+
+    @cached_property
+    def grids(self) -> list[Grid]:
+        """What the map covers, of the zones that have something to compare."""
+        return [self.job.map.grid(group) for group in sorted({w.tile.group for w in self.work})]
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """What identifies a result."""
+        return {
+            "method": self.method,
+            "before": str(self.job.before),
+            "after": str(self.job.after),
+            "threshold": self.threshold,
+            "series": {group: [str(p) for p in periods] for group, periods in self.job.series.items()},
+            "map_parameters_hash": parameters_hash(self.about["parameters"]),
+            "chunk": self.about["parameters"]["chunk"],
+        }
+
+    def prepare(self, *, overwrite: bool) -> None:
+        """Makes the store, or checks it again, and adds its zones."""
+        store = self.job.store
+        store.check(self.parameters, self.grids, overwrite=overwrite)
+        if overwrite or not store.exists():
+            store.create(self._attributes())
+        for grid in self.grids:
+            first = grid.group in self.job.series
+            store.add_change_zone(grid, self.parameters["chunk"], first_year=first)
+        store.consolidate()
+
+    def _attributes(self) -> dict[str, Any]:
+        return {
+            "minemap": __version__,
+            "map": str(self.job.map.path),
+            "model": self.about["model"],
+            "model_sha256": self.about["model_sha256"],
+            "parameters": self.parameters,
+            "parameters_hash": parameters_hash(self.parameters),
+        }
+
+
+def find_period(store: Store, date: str | Period) -> Period:
+    """One of a map's periods; InputError names those there are."""
+    wanted = parse_period(date)
+    present = {period for group in store.groups() for period in store.periods(group)}
+    if wanted not in present:
+        names = ", ".join(sorted(map(str, present))) or "none"
+        raise InputError(f"{store.path} has no map of {wanted}: its periods are {names}")
+    return wanted
+
+
+def _series(source: Store) -> dict[str, list[Period]]:
+    """Group -> periods in order of time, of the zones that have a series."""
+    found = {group: sorted(source.periods(group), key=lambda p: (p.start, p.end)) for group in source.groups()}
+    return {group: periods for group, periods in found.items() if len(periods) >= SERIES}
+
+
+def _common_work(source: Store, before: Period, after: Period) -> list[Work]:
+    """The super-tiles that are mapped at both dates, with the windows that both have."""
+    chunk = source.attributes()["parameters"]["chunk"]
+    found = []
+    for group in source.groups():
+        grid = source.grid(group)
+        side = chunk * grid.resolution
+        names = sorted(p.stem for p in (source.meta / "ledger" / group / before.slug).glob("[!.]*.json"))
+        for column, row in (map(int, name.split("_")) for name in names):
+            tile = Grid(grid.epsg, column * side, row * side, chunk, chunk, grid.resolution)
+            if windows := _common_windows(source, tile, before, after):
+                found.append(Work(tile, windows))
+    if not found:
+        lost = "" if source.meta.is_dir() else f" (the folder {source.meta.name}, which says so, is not beside it)"
+        raise StoreError(f"{source.path} has no place mapped at both {before} and {after}{lost}: map one first")
+    return sorted(found, key=lambda w: (w.tile.epsg, -w.tile.top, w.tile.left))
+
+
+def _common_windows(source: Store, tile: Grid, *periods: Period) -> tuple[int, int, int, int] | None:
+    records = [source.record(tile, period) for period in periods]
+    if any(record is None for record in records):
+        return None
+    bounds = np.array([record["windows"] for record in records if record])
+    (top, left), (bottom, right) = bounds[:, ::2].max(axis=0), bounds[:, 1::2].min(axis=0)
+    return (int(top), int(bottom), int(left), int(right)) if top < bottom and left < right else None
+
+
+# --- tables and words -------------------------------------------------------------------------------------------
+
+
+def area_table(plan: Plan, counts: np.ndarray) -> pd.DataFrame:
+    """A row for each zone and one for all, "total": km² on the ellipsoid of each class, and the share of the area
+    mapped at both dates that was observed at both. counts: float64 (super-tile, CLASSES and computed)."""
+    import pandas as pd
+
+    groups = np.array([w.tile.group for w in plan.work])
+    sums = {group: counts[groups == group].sum(axis=0) for group in np.unique(groups).tolist()}
+    sums["total"] = counts.sum(axis=0)
+    return pd.DataFrame([_row(plan, zone, total[: len(CLASSES)]) for zone, total in sums.items()])
+
+
+def _row(plan: Plan, zone: str, areas: np.ndarray) -> dict[str, Any]:
+    named = dict(zip(CLASSES, areas.tolist(), strict=True))
+    return {
+        "zone": zone,
+        "before": str(plan.job.before),
+        "after": str(plan.job.after),
+        **named,
+        "common_observed_fraction": 1 - named["not_observed_km2"] / areas.sum(),
+    }
+
+
+def _table_file(table: str | Path | None) -> Path | None:
+    if table is None:
+        return None
+    path = Path(table)
+    if path.suffix.lower() not in TABLES:
+        raise InputError(f"can't write a table to {path.name!r}: endings are {', '.join(TABLES)}")
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"folder {path.absolute().parent} does not exist: make it first")
+    return path
+
+
+def write_table(frame: pd.DataFrame, path: Path) -> None:
+    """As CSV or Parquet by the ending; whole or not there."""
+    draft = path.with_name(f".{path.name}.draft")
+    try:
+        if path.suffix.lower() == ".csv":
+            frame.to_csv(draft, index=False, float_format="%.6f")
+        else:
+            frame.to_parquet(draft, index=False)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _summary(plan: Plan, frame: pd.DataFrame, counts: np.ndarray, seconds: float) -> dict[str, Any]:
+    total = frame.iloc[-1].to_dict()
+    return {
+        "out": str(plan.job.store.path),
+        "table": str(plan.table) if plan.table else None,
+        "method": plan.method,
+        "before": total["before"],
+        "after": total["after"],
+        "threshold": plan.threshold,
+        **{f"km2_{name.removesuffix('_km2')}": round(total[name], 4) for name in CLASSES},
+        "common_observed_fraction": round(total["common_observed_fraction"], 6),
+        "super_tiles": len(plan.work),
+        "super_tiles_computed": int(counts[:, -1].sum()),
+        "zones": [grid.group for grid in plan.grids],
+        "seconds": round(seconds, 2),
+    }
+
+
+def told(s: dict[str, Any]) -> str:
+    """The summary as text."""
+    return (
+        f"{s['out']}: from {s['before']} to {s['after']}, {s['km2_gain']:,.2f} km² gained, {s['km2_loss']:,.2f} km² "
+        f"lost, {s['km2_both']:,.2f} km² mine at both dates, {s['common_observed_fraction']:.1%} observed at both"
+    )
