@@ -262,7 +262,9 @@ def _info(a: argparse.Namespace) -> None:
 
 def _add_export(p: argparse.ArgumentParser) -> None:
     p.add_argument("map", metavar="MAP")
-    p.add_argument("out", metavar="OUT", help="ends in .html, .png, .tif, .parquet, .geojson, .gpkg or .pmtiles")
+    p.add_argument(
+        "out", metavar="OUT", help="ends in .html, .png, .tif, .zarr, .parquet, .geojson, .gpkg or .pmtiles"
+    )
     p.add_argument("--date", help="one of the map's periods (the last)")
     p.add_argument("--threshold", type=float, help="probability from which a pixel is mine; a COG then holds classes")
     p.add_argument("--min-area", type=float, default=0.0, metavar="HECTARES", help="leave smaller polygons out")

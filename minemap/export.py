@@ -1,4 +1,4 @@
-"""A map to files that other programs read: COG, polygons (GeoParquet, GeoJSON, GPKG, PMTiles), PNG."""
+"""A map to files that other programs read: COG, Zarr pyramid, polygons (GeoParquet, GeoJSON, GPKG, PMTiles), PNG."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import xarray as xr
 
 from .errors import InputError
 from .polygons import COLUMNS, check_threshold, choose_period, polygons
+from .pyramid import write_pyramid
 from .scenes import Period, parse_period
 from .stac_item import describe, item_path, of_raster, of_table
 from .store import QUICKLOOK, Store, open_map, write_atomically
@@ -48,6 +49,7 @@ def export(
 ) -> Path:
     """Writes a map of one period to `out`, by its ending, and beside geodata a STAC item, `out`.stac.json.
 
+    .zarr is a folder with the probability of all zones and periods (or `date`) at ever coarser levels, see `pyramid`;
     .tif (COG) and .png show one zone; .parquet (GeoParquet), .geojson (RFC 7946), .gpkg and .pmtiles hold the
     footprint's polygons of all zones.
 
@@ -57,8 +59,9 @@ def export(
     """
     out = Path(out)
     ending = out.suffix.lower()
-    if ending not in (*RASTERS, *VECTORS):
-        raise InputError(f"can't export to {out.name!r}: endings are {', '.join((*RASTERS, *VECTORS))}, .html")
+    endings = (*RASTERS, *VECTORS, ".zarr")
+    if ending not in endings:
+        raise InputError(f"can't export to {out.name!r}: endings are {', '.join(endings)}, .html")
     check_out(out)
     if threshold is not None:
         check_threshold(threshold)
@@ -68,7 +71,11 @@ def export(
             raise InputError(f"min_area and smooth shape polygons: {ending} has none")
         return _export_raster(path, out, date, threshold, zone)
     if zone is not None:
-        raise InputError(f"zone {zone}: {ending} holds the polygons of all zones; leave it out")
+        raise InputError(f"zone {zone}: {ending} holds all zones; leave it out")
+    if ending == ".zarr":
+        if shape != Shape():
+            raise InputError("threshold, min_area and smooth shape footprints: .zarr holds probabilities")
+        return _export_pyramid(path, out, date)
     return _export_vector(path, out, date, shape)
 
 
@@ -102,7 +109,7 @@ def _export_raster(path: str | Path, out: Path, date: str | None, threshold: flo
         if out.suffix.lower() != ".png":
             epsg, transform = data.rio.crs.to_epsg(), data.rio.transform(recalc=True)
             about = of_raster(epsg, transform, (data.sizes["y"], data.sizes["x"]), threshold)
-            _write_item(store, out, _period_of(data), [f"utm{epsg}"], about, threshold)
+            _write_item(store, out, [_period_of(data)], [f"utm{epsg}"], about, threshold)
     return out
 
 
@@ -117,14 +124,25 @@ def _export_vector(path: str | Path, out: Path, date: str | None, shape: Shape) 
     with drafted(out) as draft:
         VECTORS[out.suffix.lower()](frame, draft)
         limit = store.attributes()["recipe"]["threshold"] if shape.threshold is None else shape.threshold
-        _write_item(store, out, period, groups, about, limit)
+        _write_item(store, out, [period], groups, about, limit)
+    return out
+
+
+def _export_pyramid(path: str | Path, out: Path, date: str | None) -> Path:
+    store = Store(Path(path))
+    chosen = choose_period(store, date)
+    groups = store.groups()
+    periods = sorted({p for g in groups for p in store.periods(g) if date is None or p == chosen}, key=str)
+    write_pyramid(store, out, periods)
+    about = {"properties": {"proj:code": f"EPSG:{groups[0][3:]}" if len(groups) == 1 else None}}
+    _write_item(store, out, periods, groups, about, None)
     return out
 
 
 def _write_item(
-    store: Store, out: Path, period: Period, groups: list[str], about: dict[str, Any], threshold: float | None
+    store: Store, out: Path, periods: list[Period], groups: list[str], about: dict[str, Any], threshold: float | None
 ) -> None:
-    item = describe(store, out, period, groups, about=about, threshold=threshold)
+    item = describe(store, out, periods, groups, about=about, threshold=threshold)
     write_atomically(item_path(out), json.dumps(item, indent=1) + "\n")
 
 

@@ -41,16 +41,24 @@ def item_path(out: Path) -> Path:
 
 
 def describe(
-    store: Store, out: Path, period: Period, groups: list[str], *, about: dict[str, Any], threshold: float | None
+    store: Store,
+    out: Path,
+    periods: list[Period],
+    groups: list[str],
+    *,
+    about: dict[str, Any],
+    threshold: float | None = None,
 ) -> dict[str, Any]:
-    """The item of a file `out` that shows `period` of the zones `groups`, as JSON.
+    """The item of a file `out` that shows `periods` of the zones `groups`, as JSON.
 
     about: `properties` and `asset`, what is particular to the kind of file (projection, columns, bands) and
     `extensions`. threshold: that of the file, None where it holds probabilities.
     """
     attributes = store.attributes()
-    shape, bbox = _footprint(store, period, groups)
-    used = sorted({name for g in groups for t in store.done(g, period) for name in _items(store, t, period)})
+    period = Period(min(p.start for p in periods), max(p.end for p in periods))
+    records = [store.record(tile, p) or {} for p in periods for g in groups for tile in store.done(g, p)]
+    used = sorted({name for record in records for name in record.get("items", [])})
+    shape, bbox = _footprint(store, periods, groups)
     properties = {
         "title": f"Mining footprint {period}, {attributes['model']}",
         "start_datetime": f"{period.start}T00:00:00Z",
@@ -108,21 +116,16 @@ def of_table(columns: dict[str, tuple[str, str]], rows: int) -> dict[str, Any]:
     return {"properties": {"proj:code": "EPSG:4326", **told}, "extensions": [TABLE]}
 
 
-def _items(store: Store, tile: Any, period: Period) -> list[str]:
-    return (store.record(tile, period) or {"items": []})["items"]
-
-
-def _footprint(store: Store, period: Period, groups: list[str]) -> tuple[shapely.Geometry, list[float]]:
+def _footprint(store: Store, periods: list[Period], groups: list[str]) -> tuple[shapely.Geometry, list[float]]:
     """What was mapped, as polygons in degrees, and its bounds: west > east across the antimeridian."""
     parts = []
-    for group in groups:
-        for tile in store.done(group, period):
-            record = store.record(tile, period)
-            top, bottom, left, right = record["windows"] if record else (0, tile.height // WINDOW) * 2
-            inner = tile.window(top * WINDOW, left * WINDOW, (bottom - top) * WINDOW, (right - left) * WINDOW)
-            edge = shapely.segmentize(shapely.box(*inner.bounds), 5000.0)
-            shape = shapely.transform(edge, lambda p, e=tile.epsg: np.stack(continuous_lonlat(e, *p.T), axis=1))
-            parts.append(shape & shapely.box(*zone_box(tile.epsg)))
+    for period, tile in ((p, tile) for p in periods for group in groups for tile in store.done(group, p)):
+        record = store.record(tile, period)
+        top, bottom, left, right = record["windows"] if record else (0, tile.height // WINDOW) * 2
+        inner = tile.window(top * WINDOW, left * WINDOW, (bottom - top) * WINDOW, (right - left) * WINDOW)
+        edge = shapely.segmentize(shapely.box(*inner.bounds), 5000.0)
+        shape = shapely.transform(edge, lambda p, e=tile.epsg: np.stack(continuous_lonlat(e, *p.T), axis=1))
+        parts.append(shape & shapely.box(*zone_box(tile.epsg)))
     whole = shapely.union_all(parts)
     outline = shapely.orient_polygons(shapely.set_precision(whole, 1e-7))
     west, south, east, north = (round(float(n), 7) for n in outline.bounds)

@@ -202,26 +202,12 @@ class Store:
             yield None
             return
         draft = f"draft-{grid.group}"
-        yield self._zone("", "r+").create_group(draft, attributes=_zone_attributes(grid))
+        yield self._zone("", "r+").create_group(draft, attributes=zone_attributes(grid))
         (self.path / draft).rename(self.path / grid.group)
 
     def add_period(self, group: str, period: Period) -> int:
         """Index of `period` on the group's time axis, appended when it is new. Call it under `locked`."""
-        zone = self._zone(group, "r+")
-        bounds = _bounds(zone)
-        wanted = [(period.start - EPOCH).days, (period.end - EPOCH).days]
-        found = np.flatnonzero((bounds == wanted).all(axis=1))
-        if len(found):
-            return int(found[0])
-        n = len(bounds)
-        # time last: a row without a time does not exist, and the next run uses it
-        names = [name for name, array in zone.arrays() if _dims(array)[:1] == ("time",)]
-        for name in sorted(names, key=lambda name: name == "time"):
-            array = _array(zone, name)
-            array.resize((n + 1, *array.shape[1:]))
-        _array(zone, "time_bounds")[n] = wanted
-        _array(zone, "time")[n] = wanted[0]
-        return n
+        return _add_period(self._zone(group, "r+"), period)
 
     def periods(self, group: str) -> list[Period]:
         """In the order of the time axis."""
@@ -250,12 +236,7 @@ class Store:
 
     def consolidate(self) -> None:
         """Metadata of every group in one place, so that opening it takes one read."""
-        with warnings.catch_warnings():
-            # zarr warns that consolidation is not in the v3 specification yet; readers that don't know it ignore it
-            warnings.filterwarnings("ignore", message=".*[Cc]onsolidated metadata.*")
-            for group in self.groups():
-                zarr.consolidate_metadata(self.path, path=group)
-            zarr.consolidate_metadata(self.path)
+        consolidate(self.path, self.groups())
 
     def has_layer(self, group: str, name: str) -> bool:
         return name in self._zone(group)
@@ -345,6 +326,16 @@ def write_atomically(path: Path, text: str) -> None:
     Path(draft.name).replace(path)
 
 
+def consolidate(path: Path, groups: list[str]) -> None:
+    """Metadata of each of the groups, and of all that is below `path`, in one place each."""
+    with warnings.catch_warnings():
+        # zarr warns that consolidation is not in the v3 specification yet; readers that don't know it ignore it
+        warnings.filterwarnings("ignore", message=".*[Cc]onsolidated metadata.*")
+        for group in groups:
+            zarr.consolidate_metadata(path, path=group)
+        zarr.consolidate_metadata(path)
+
+
 def open_map(path: str | Path, zone: str | None = None) -> xr.Dataset:
     """A map as xarray sees it: `probability` and `observations` (time, y, x), lazy, one dask chunk a shard.
 
@@ -426,6 +417,7 @@ class _Layer:
     empty: int = 0
 
 
+PROBABILITY = _Layer("uint8", NOT_OBSERVED, {"long_name": "probability of mine", "units": "percent"})
 CHANGE_LAYERS = {
     "change": _Layer(
         "uint8",
@@ -444,7 +436,7 @@ CHANGE_LAYERS = {
 def _fill_zone(group: zarr.Group, grid: Grid, chunk: int, bands: tuple[str, ...] | None) -> None:
     """The arrays and coordinates of a map's zone, without any period yet."""
     layers: dict[str, _Layer] = {
-        "probability": _Layer("uint8", NOT_OBSERVED, {"long_name": "probability of mine", "units": "percent"}),
+        "probability": PROBABILITY,
         "observations": _Layer("uint8", None, {"long_name": "number of clear acquisitions", "units": "1"}),
     }
     if bands:
@@ -470,7 +462,21 @@ def _fill_zone(group: zarr.Group, grid: Grid, chunk: int, bands: tuple[str, ...]
         attributes={"long_name": f"red, green, blue of the composite, {QUICKLOOK} px means, 0 = not observed"},
     )
     _coordinates(group, grid)
-    _times(group, grid)
+    for name, values in (("y", grid.y), ("x", grid.x)):
+        means = values.reshape(-1, QUICKLOOK).mean(axis=1)
+        _small(group, f"{name}80", means, (f"{name}80",), {"units": "m", "long_name": f"{name} of the quicklook"})
+    _times(group)
+
+
+def create_level(parent: zarr.Group, name: str, grid: Grid, chunk: int, periods: list[Period]) -> zarr.Group:
+    """A group with a map's `probability` over `grid`, nothing observed yet, and its coordinates."""
+    group = parent.create_group(name, attributes=zone_attributes(grid))
+    _sharded(group, "probability", PROBABILITY, grid, chunk)
+    _coordinates(group, grid)
+    _times(group)
+    for period in periods:
+        _add_period(group, period)
+    return group
 
 
 def _sharded(group: zarr.Group, name: str, layer: _Layer, grid: Grid, chunk: int, *, timed: bool = True) -> None:
@@ -492,6 +498,23 @@ def _sharded(group: zarr.Group, name: str, layer: _Layer, grid: Grid, chunk: int
     )
 
 
+def _add_period(zone: zarr.Group, period: Period) -> int:
+    bounds = _bounds(zone)
+    wanted = [(period.start - EPOCH).days, (period.end - EPOCH).days]
+    found = np.flatnonzero((bounds == wanted).all(axis=1))
+    if len(found):
+        return int(found[0])
+    n = len(bounds)
+    # time last: a row without a time does not exist, and the next run uses it
+    names = [name for name, array in zone.arrays() if _dims(array)[:1] == ("time",)]
+    for name in sorted(names, key=lambda name: name == "time"):
+        array = _array(zone, name)
+        array.resize((n + 1, *array.shape[1:]))
+    _array(zone, "time_bounds")[n] = wanted
+    _array(zone, "time")[n] = wanted[0]
+    return n
+
+
 def _array(group: zarr.Group, name: str) -> zarr.Array:
     array = group[name]
     assert isinstance(array, zarr.Array), name
@@ -509,7 +532,8 @@ def _dims(array: zarr.Array) -> tuple[str | None, ...]:
     return tuple(getattr(array.metadata, "dimension_names", None) or ())
 
 
-def _zone_attributes(grid: Grid) -> dict[str, Any]:
+def zone_attributes(grid: Grid) -> dict[str, Any]:
+    """Where a group's arrays lie, in the terms of the GeoZarr conventions."""
     return {
         "Conventions": "CF-1.11",
         "zarr_conventions": CONVENTIONS,
@@ -543,11 +567,8 @@ def _coordinates(group: zarr.Group, grid: Grid) -> None:
         _small(group, name, values, (name,), about)
 
 
-def _times(group: zarr.Group, grid: Grid) -> None:
-    """Coordinates of the quicklook and of time."""
-    for name, values in (("y", grid.y), ("x", grid.x)):
-        means = values.reshape(-1, QUICKLOOK).mean(axis=1)
-        _small(group, f"{name}80", means, (f"{name}80",), {"units": "m", "long_name": f"{name} of the quicklook"})
+def _times(group: zarr.Group) -> None:
+    """Time and its bounds, without any period yet."""
     days = {"units": "days since 1970-01-01", "calendar": "proleptic_gregorian"}
     none = np.zeros((0,), np.int64)
     about = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 
 import geopandas
 import numpy as np
@@ -11,6 +12,8 @@ import pyarrow.parquet
 import pystac
 import pytest
 import rasterio
+import xarray as xr
+import zarr
 from conftest import painted
 from pystac.extensions.mlm import MLMExtension, TaskType
 from pystac.extensions.projection import ProjectionExtension
@@ -155,13 +158,46 @@ def test_an_item_at_the_antimeridian(west, east, tmp_path):
             assert np.ptp(np.array(ring)[:, 0]) < 0.2 and np.abs(np.array(ring)[:, 0]).max() <= 180
 
 
+def test_a_pyramid_of_levels_for_viewers(made, tmp_path):
+    out = export(made, tmp_path / "levels.zarr")
+    group = zarr.open_group(out, mode="r")["utm32619"]
+    told = group.attrs["multiscales"]["layout"]
+    assert [level["asset"] for level in told] == ["0", "1", "2"][: len(told)] and len(told) >= 2
+    assert told[1]["derived_from"] == "0" and told[1]["transform"] == {"scale": [2.0, 2.0], "translation": [0.0, 0.0]}
+    assert {"multiscales", "spatial:", "proj:"} == {c["name"] for c in group.attrs["zarr_conventions"]}
+    whole = xr.open_zarr(made, group="utm32619", mask_and_scale=False)["probability"]
+    fine = whole.values.astype(float)
+    fine[fine == 255] = np.nan
+    for number, level in enumerate(told):
+        data = xr.open_zarr(out, group=f"utm32619/{level['asset']}")
+        step = 2**number
+        assert data.rio.crs.to_epsg() == 32619 and list(data["time"].dt.year) == [2022, 2023]
+        assert list(data.rio.transform(recalc=True))[:6] == level["spatial:transform"]
+        assert data["probability"].shape[1:] == tuple(level["spatial:shape"])
+        blocks = fine.reshape(2, fine.shape[1] // step, step, fine.shape[2] // step, step)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # blocks without any pixel observed
+            expected = np.nanmean(blocks, axis=(2, 4))
+        found = data["probability"].values
+        np.testing.assert_array_equal(np.isnan(found), np.isnan(expected))
+        np.testing.assert_allclose(found, expected, atol=0.51 * number)
+    assert max(told[-1]["spatial:shape"]) <= 256
+    item = read_item(out)
+    assert str(item.common_metadata.start_datetime)[:4] == "2022" and "utm32620" in zarr.open_group(out, mode="r")
+    with pytest.raises(InputError, match="is a folder"):
+        export(made, out)
+    one = export(made, tmp_path / "one.zarr", date="2022")
+    assert xr.open_zarr(one, group="utm32620/1").sizes["time"] == 1
+
+
 BAD = {
     "ending": (("m.xyz",), "endings are"),
     "threshold": (("m.geojson", "--threshold", "2"), "is a probability"),
     "min area": (("m.parquet", "--min-area", "-1"), "in hectares"),
     "raster with area": (("m.tif", "--min-area", "1"), r"shape polygons: \.tif has none"),
-    "zone": (("m.gpkg", "--zone", "utm32619"), "holds the polygons of all zones"),
+    "zone": (("m.gpkg", "--zone", "utm32619"), "holds all zones"),
     "zones": (("m.tif",), "has 2 zones: name one of"),
+    "pyramid": (("m.zarr", "--threshold", "0.5"), r"\.zarr holds probabilities"),
     "date": (("m.parquet", "--date", "2001"), "no period 2001"),
     "folder": (("nowhere/m.parquet",), "does not exist: make it first"),
 }

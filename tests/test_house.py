@@ -38,6 +38,7 @@ ORDER = [
     "polygons",
     "assessment",
     "stac_item",
+    "pyramid",
     "export",
     "page",
     "report",
