@@ -19,6 +19,7 @@ _HOMES = {
     "load_model": "checkpoint",
     "predict": "inference",
     "map_area": "mapping",
+    "series": "annual",
     "change": "changes",
     "open_map": "store",
 }

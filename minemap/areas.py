@@ -22,7 +22,8 @@ from .inference import NOT_OBSERVED, mine_from
 from .mapping import AOI, inside_aoi
 from .scenes import Period, parse_period
 from .sites import Site, read_sites
-from .store import Store
+from .store import CONSISTENT, Store
+from .uncertainty import AreaModel
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,7 +46,8 @@ def area_table(
 
     sites: a vector file or a list; bbox: one site, "bbox"; neither: one site, "map", all that was ever computed.
     buffer: metres around the file's features, needed for points. threshold: 0-1, the model's own when None. years:
-    whole calendar years to keep, all periods when None. layer: "probability" or "probability_consistent".
+    whole calendar years (one that was never mapped is not observed), all periods when None. layer: "probability" or
+    "probability_consistent".
 
     Columns: site; year, of the period's first day; mapped_area_km2, pixels from the threshold on; area_km2,
     area_km2_lower, area_km2_upper, the estimate and its 90 % bounds (NaN where the model knows no errors);
@@ -57,12 +59,10 @@ def area_table(
     """
     store = Store.at(path)
     chosen = _sites(sites, bbox, buffer)
-    periods = _periods(store, years)
+    periods = _periods(store, years, layer)
     limit = _threshold(store, threshold)
     tallies = _tally(store, chosen, periods, mine_from(limit), layer)
-    if not any(tally.observed.any() for tally in tallies.values()) and (sites is not None or bbox is not None):
-        raise InputError(f"{path} has nothing observed at any of the sites: map their place first")
-    return _table(tallies, periods, mine_from(limit))
+    return _table(tallies, periods, mine_from(limit), AreaModel.of(store.attributes()["recipe"]))
 
 
 def _sites(sites: str | Path | Sequence[Site] | None, bbox: BBox | None, buffer: float | None) -> list[Site]:
@@ -73,18 +73,28 @@ def _sites(sites: str | Path | Sequence[Site] | None, bbox: BBox | None, buffer:
     return read_sites(sites, buffer=buffer) if isinstance(sites, (str, Path)) else list(sites)
 
 
-def _periods(store: Store, years: Sequence[int] | None) -> list[Period]:
-    """The periods of all zones in order of time, or the asked years among them."""
+def sorted_periods(store: Store) -> list[Period]:
+    """The periods of all zones of a map in order of time. Raises StoreError, InputError when there are none."""
     store.attributes()
     found = {period for group in store.groups() for period in store.periods(group)}
-    if years is not None:
-        wanted = {year: parse_period(str(year)) for year in years}
-        if missing := [str(year) for year, period in wanted.items() if period not in found]:
-            raise InputError(f"{store.path} has no map of {', '.join(missing)}: map these years first")
-        found = set(wanted.values())
     if not found:
         raise InputError(f"{store.path} has nothing mapped yet")
     return sorted(found, key=lambda period: (period.start, period.end))
+
+
+def _periods(store: Store, years: Sequence[int] | None, layer: str) -> list[Period]:
+    """The periods of a map, or the asked years."""
+    found = sorted_periods(store)
+    derived = [store.consistent_over(group) for group in store.groups()]
+    if layer == CONSISTENT and any(periods != [str(period) for period in found] for periods in derived):
+        raise StoreError(f"{store.path} has no {layer} of all its periods: minemap series --consistency hmm makes it")
+    if years is None:
+        return found
+    wanted = [parse_period(str(year)) for year in sorted(set(years))]
+    if not set(wanted) & set(found):
+        names = ", ".join(map(str, found))
+        raise InputError(f"{store.path} has no map of {', '.join(str(p.start.year) for p in wanted)}: it has {names}")
+    return wanted
 
 
 def _threshold(store: Store, threshold: float | None) -> float:
@@ -106,10 +116,11 @@ class Tally:
     total: np.ndarray  # float64 (1,)
     levels: np.ndarray
     change: np.ndarray
+    boxes: list[BBox]  # W S E N, degrees, of the site's pixels in each super-tile
 
     @staticmethod
     def empty(periods: int) -> Tally:
-        return Tally(np.zeros(1), np.zeros((periods, LEVELS)), np.zeros((periods, 3)))
+        return Tally(np.zeros(1), np.zeros((periods, LEVELS)), np.zeros((periods, 3)), [])
 
     @property
     def observed(self) -> np.ndarray:
@@ -131,7 +142,10 @@ def _tally(store: Store, sites: list[Site], periods: list[Period], limit: int, l
     """Reads each super-tile once, whatever the number of sites in it; holds one super-tile at a time."""
     about = store.attributes()["parameters"]
     tallies = {site.name: Tally.empty(len(periods)) for site in sites}
-    for tile, present in _by_tile(store, sites, about["chunk"], about["resolution"]).items():
+    tiles = _by_tile(store, sites, about["chunk"], about["resolution"])
+    if not tiles.keys() & set(computed_tiles(store)):
+        raise InputError(f"{store.path} holds nothing of the asked places: map them first")
+    for tile, present in tiles.items():
         masks = {site.name: _mask(store, site, tile, periods) for site in present}
         masks = {name: mask for name, mask in masks.items() if mask.any()}
         if not masks:
@@ -139,6 +153,7 @@ def _tally(store: Store, sites: list[Site], periods: list[Period], limit: int, l
         values, area = read_periods(store, tile, periods, layer), pixel_area_km2(tile)
         for name, mask in masks.items():
             tallies[name].add(values[:, mask], area[mask], limit)
+            tallies[name].boxes.append(_around(mask, tile))
     return tallies
 
 
@@ -150,6 +165,13 @@ def _by_tile(store: Store, sites: list[Site], chunk: int, resolution: float) -> 
         for tile in computed_tiles(store) if everything else site.tiles(chunk, resolution):
             found.setdefault(tile, []).append(site)
     return dict(sorted(found.items(), key=lambda pair: (pair[0].epsg, -pair[0].top, pair[0].left)))
+
+
+def _around(mask: np.ndarray, tile: Grid) -> BBox:
+    """The box in degrees around the pixels of a mask."""
+    rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
+    height, width = int(rows[-1] - rows[0]) + 1, int(columns[-1] - columns[0]) + 1
+    return tile.window(int(rows[0]), int(columns[0]), height, width).lonlat_bounds
 
 
 def computed_tiles(store: Store) -> list[Grid]:
@@ -193,10 +215,6 @@ def read_periods(store: Store, tile: Grid, periods: list[Period], layer: str = "
     out = np.full((len(periods), *tile.shape), NOT_OBSERVED, np.uint8)
     if tile.group not in store.groups() or not store.grid(tile.group).covers(tile):
         return out
-    if not store.has_layer(tile.group, layer):
-        raise StoreError(
-            f"{store.path} has no {layer} in {tile.group}: make it with minemap series --consistency hmm"
-        )
     present = store.periods(tile.group)
     for n, period in enumerate(periods):
         if period in present and (store.record(tile, period) or not store.meta.is_dir()):
@@ -207,18 +225,21 @@ def read_periods(store: Store, tile: Grid, periods: list[Period], layer: str = "
 # --- the table --------------------------------------------------------------------------------------------------
 
 
-def _table(tallies: dict[str, Tally], periods: list[Period], limit: int) -> pd.DataFrame:
+def _table(tallies: dict[str, Tally], periods: list[Period], limit: int, model: AreaModel | None) -> pd.DataFrame:
     import pandas as pd
 
     for name, tally in tallies.items():
         if not tally.total[0]:
             warnings.warn(f"site {name} holds no pixel: give a larger area, or a buffer", stacklevel=3)
-    rows = [row for name, tally in tallies.items() for row in _rows(name, tally, periods, limit)]
+    rows = [row for name, tally in tallies.items() for row in _rows(name, tally, periods, limit, model)]
     return pd.DataFrame(rows)
 
 
-def _rows(name: str, tally: Tally, periods: list[Period], limit: int) -> Iterable[dict[str, object]]:
+def _rows(
+    name: str, tally: Tally, periods: list[Period], limit: int, model: AreaModel | None
+) -> Iterable[dict[str, object]]:
     total = tally.total[0] or np.nan
+    estimate, outside = _estimated(tally, model)
     for n, (period, levels) in enumerate(zip(periods, tally.levels, strict=True)):
         observed = tally.observed[n]
         common, gain, loss = tally.change[n] if n else (np.nan,) * 3
@@ -226,17 +247,25 @@ def _rows(name: str, tally: Tally, periods: list[Period], limit: int) -> Iterabl
             "site": name,
             "year": period.start.year,
             "mapped_area_km2": levels[limit:NOT_OBSERVED].sum() if observed else np.nan,
-            "area_km2": np.nan,
-            "area_km2_lower": np.nan,
-            "area_km2_upper": np.nan,
+            "area_km2": estimate[0, n],
+            "area_km2_lower": estimate[1, n],
+            "area_km2_upper": estimate[2, n],
             "observed_fraction": min(observed / total, 1.0) if observed else 0.0,  # sums differ in the last digit
             "gain_km2": gain if common else np.nan,
             "loss_km2": loss if common else np.nan,
             "common_observed_fraction": min(common / total, 1.0) if n else np.nan,
             "poorly_observed": not observed / total >= POOR,
-            "extrapolated": True,
+            "extrapolated": bool(outside[n]),
             "period": str(period),
         }
+
+
+def _estimated(tally: Tally, model: AreaModel | None) -> tuple[np.ndarray, np.ndarray]:
+    """Estimate, lower and upper bound in km² (3, period), NaN where not known, and whether they are extrapolated."""
+    if model is None:
+        return np.full((3, len(tally.levels)), np.nan), np.ones(len(tally.levels), bool)
+    outside = model.extrapolates(tally.levels, tally.boxes)
+    return np.where(tally.observed > 0, model.interval(tally.levels), np.nan), outside
 
 
 def first_year(mine: np.ndarray, years: Sequence[int]) -> np.ndarray:

@@ -54,6 +54,7 @@ class Recipe:
     classes: tuple[str, ...] = ("mine",)
     training: dict[str, Any] = field(default_factory=dict)  # data, configuration, seed, ImageNet or not
     metrics: dict[str, Any] = field(default_factory=dict)
+    area_model: dict[str, Any] | None = None  # errors of areas (uncertainty.AreaModel), None: not measured
 
     def __post_init__(self) -> None:
         for name in ("bands", "mean", "std", "derived", "classes"):

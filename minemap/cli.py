@@ -90,7 +90,10 @@ def _commands() -> Iterator[tuple[str, str, Add, Run]]:
     from .training import commands as training
 
     yield "map", "map a place for a date into a Zarr store", _add_map, _map
+    yield "series", "map a place year by year; a table and a chart of its areas", _add_series, _series
     yield "change", "what became mine, and what ceased to be, between two dates of a map", _add_change, _change
+    yield "sample", "draw a stratified random sample of a map, to be labelled by eye", _add_sample, _sample
+    yield "assess", "accuracy and area of a map from a labelled sample", _add_assess, _assess
     yield "info", "what is in a map: zones, dates, extent, model, how much was observed", _add_info, _info
     yield "export", "write a map as a page, a picture, a COG or polygons", _add_export, _export
     yield "models", "the known models; one model's card", _add_models, _models
@@ -109,10 +112,19 @@ def _commands() -> Iterator[tuple[str, str, Add, Run]]:
 
 
 def _add_map(p: argparse.ArgumentParser) -> None:
-    p.add_argument(
-        "--bbox", nargs="+", required=True, metavar="W S E N", help="degrees; W > E: across the antimeridian"
-    )
+    _add_place(p, required=True)
     p.add_argument("--date", required=True, help="a year, a month, a day, or start/end")
+    _add_map_options(p)
+
+
+def _add_place(p: argparse.ArgumentParser, *, required: bool) -> None:
+    p.add_argument(
+        "--bbox", nargs="+", required=required, metavar="W S E N", help="degrees; W > E: across the antimeridian"
+    )
+
+
+def _add_map_options(p: argparse.ArgumentParser) -> None:
+    """What `map` and `series` have in common."""
     p.add_argument("--out", required=True, help="the Zarr store to make, or to go on with")
     _add_scenes(p)
     p.add_argument("--aoi", metavar="FILE", help="clip to the polygons of a vector file")
@@ -243,6 +255,79 @@ def _change(a: argparse.Namespace) -> None:
     with _progress(a) as progress:
         summary = change(a.map, **{name: getattr(a, name) for name in names}, progress=progress)
     _say(a, summary, told(summary))
+
+
+# --- series -----------------------------------------------------------------------------------------------------
+
+
+def _add_series(p: argparse.ArgumentParser) -> None:
+    _add_place(p, required=False)
+    p.add_argument("--years", required=True, help="2018-2024, 2018,2020 or 2019")
+    p.add_argument("--table", metavar="FILE", help="areas by site and year, .csv or .parquet (else printed)")
+    p.add_argument("--chart", metavar="FILE", help="a picture of the table, .png (beside the table)")
+    p.add_argument("--sites", metavar="FILE", help="vector file, a row of the table each; without --bbox, the place")
+    p.add_argument("--buffer", type=float, metavar="METRES", help="around each site; points need it")
+    p.add_argument("--threshold", type=float, help="probability from which a pixel is mine (the model's)")
+    p.add_argument("--consistency", choices=("hmm",), help="areas of years made consistent with each other")
+    _add_map_options(p)
+    p.set_defaults(extent="zone")
+
+
+def _series(a: argparse.Namespace) -> None:
+    from .annual import series
+
+    bbox = _numbers(a.bbox, float, "--bbox") if a.bbox else None
+    if a.dry_run:
+        _estimate_years(a, bbox)
+        return
+    own = {name: getattr(a, name) for name in ("table", "chart", "sites", "buffer", "threshold", "consistency")}
+    with _progress(a) as progress:
+        frame = series(
+            bbox, a.years, a.out, cluster=a.cluster, workers=a.workers, progress=progress, **own, **_options(a)
+        )
+    rows = json.loads(frame.to_json(orient="records"))  # NaN as null
+    _say(a, {"out": a.out, "table": a.table, "rows": rows}, a.table or frame.to_string(index=False))
+
+
+def _estimate_years(a: argparse.Namespace, bbox: Any) -> None:
+    from .annual import plan_years
+    from .report import estimate
+
+    plans = plan_years(bbox, a.years, a.out, sites=a.sites, buffer=a.buffer, **_options(a))
+    _say(a, {str(year): estimate(made) for year, made in plans.items()})
+
+
+# --- sample and assess ------------------------------------------------------------------------------------------
+
+
+def _add_sample(p: argparse.ArgumentParser) -> None:
+    p.add_argument("map", metavar="MAP")
+    p.add_argument("--out", required=True, metavar="FILE", help="points, .geojson; a table (.csv) beside it")
+    p.add_argument("--n", type=int, default=500, help="points (500)")
+    p.add_argument("--date", help="one of the map's periods (the last)")
+    p.add_argument("--threshold", type=float, help="probability from which a pixel is mine (the model's)")
+    p.add_argument("--seed", type=int, default=0, help="of the draw (0)")
+    _add_output(p)
+
+
+def _sample(a: argparse.Namespace) -> None:
+    from .assessment import sample
+
+    told = sample(a.map, a.out, n=a.n, date=a.date, threshold=a.threshold, seed=a.seed)
+    _say(a, told, f"{told['points']} and {told['table']}: {told['n']} points, to be labelled mine or not mine")
+
+
+def _add_assess(p: argparse.ArgumentParser) -> None:
+    p.add_argument("map", metavar="MAP")
+    p.add_argument("points", metavar="POINTS", help="the labelled points or table of minemap sample")
+    _add_output(p)
+
+
+def _assess(a: argparse.Namespace) -> None:
+    from .assessment import assess, told
+
+    found = assess(a.map, a.points)
+    _say(a, found, told(found))
 
 
 # --- looking at maps and models ---------------------------------------------------------------------------------

@@ -300,6 +300,11 @@ class Look:
         return [(OLD, APPLIED, SHIFTED)[self.number % 3]]
 
     @property
+    def tops(self) -> float:
+        """What no look sees is clouded more or less brightly: no bright ground that SCL mistakes for cloud."""
+        return 0.5 + 0.25 * (self.number % 4) if self.hidden > 0 else 1.0
+
+    @property
     def split(self) -> bool:
         return self.number % 8 == 1
 
@@ -350,6 +355,7 @@ class Sky(NamedTuple):
     cirrus: Array
     shadow: Array
     haze: Array
+    tops: float  # brightness of the clouds, times CLOUD
 
 
 def make_sky(look: Look, shape: Shape) -> Sky:
@@ -364,7 +370,7 @@ def make_sky(look: Look, shape: Shape) -> Sky:
     shadow = _moved(cloud, round(np.cos(azimuth) * length), round(-np.sin(azimuth) * length))
     cirrus = 0.16 * ramp(fbm(look.random("cirrus"), half, 140, 4), 1.0, 2.2) * (look.number % 3 == 2)
     haze = look.random("haze").uniform(0, 0.014) * ramp(noise(look.random("smoke"), half, 260), -1, 1)
-    return Sky(cloud, cirrus.astype(np.float32), shadow, haze.astype(np.float32))
+    return Sky(cloud, cirrus.astype(np.float32), shadow, haze.astype(np.float32), look.tops)
 
 
 def _cover(field_: Array, fraction: float) -> Array:
@@ -417,13 +423,13 @@ def _through(clear: Array, sky: Sky, rows: slice) -> Array:
     half = slice(rows.start // 2, (rows.stop + 1) // 2)
     skip = rows.start - 2 * half.start
     cloud, cirrus, shadow, haze = (
-        layer[half].repeat(2, 0).repeat(2, 1)[skip : skip + clear.shape[1]] for layer in sky
+        layer[half].repeat(2, 0).repeat(2, 1)[skip : skip + clear.shape[1]] for layer in sky[:-1]
     )
     clear *= 1 - 0.5 * shadow
     clear += HAZE[:, None, None] * haze
     veil = np.maximum(cloud, cirrus)
     clear *= 1 - veil
-    clear += CLOUD[:, None, None] * (veil * (1 - 0.12 * shadow))
+    clear += np.float32(sky.tops) * CLOUD[:, None, None] * (veil * (1 - 0.12 * shadow))
     return clear
 
 

@@ -52,7 +52,8 @@ class Options:
     stac: a known source, an API's URL or an item file. max_cloud: per cent, of an item. max_scenes: acquisitions a
     cell. min_clear: clear looks below which a pixel is not observed. months: as "6-9". masked: SCL classes that are
     no clear look. aoi: polygon file to clip to. model: name or path. extent: "bbox" or "zone". chunk: side of a
-    super-tile in pixels. precision: "bf16" or "fp32", None for what the processor has.
+    super-tile in pixels. precision: "bf16" or "fp32", None for what the processor has. near: polygons in degrees;
+    only super-tiles that meet them are made (whole, unlike aoi, and the map stays open for others).
     """
 
     stac: str | Path = "earth-search"
@@ -72,6 +73,7 @@ class Options:
     reader: str = "stackstac"
     precision: str | None = None
     overwrite: bool = False
+    near: shapely.Geometry | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in (("extent", ("bbox", "zone")), ("chunk", CHUNKS), ("reader", READERS)):
@@ -227,12 +229,17 @@ def plan(bbox: BBox, date: str | Period, out: str | Path | None = None, **option
         )
     store = Store.at(out) if out is not None else None
     settings = Settings.for_machine(o.precision or _stored_precision(store, o))
-    work = [w for grid in grids(box, o.chunk) for w in _wanted(grid, box, area, o)]
+    limits = [shape for shape in (area, o.near) if shape is not None]
+    work = [w for grid in grids(box, o.chunk) for w in _wanted(grid, box, limits, o)]
     if not work:
-        if o.aoi:
-            raise InputError(f"aoi {o.aoi} and bbox {' '.join(map(str, box))} have no place in common")
-        raise InputError(f"bbox {' '.join(map(str, box))} holds no pixel of {checkpoint.recipe.resolution:g} m")
-    made = Plan(box, period, o, where, checkpoint, settings, grids(box, o.chunk, extent=o.extent), work, {}, 0)
+        asked = f"bbox {' '.join(map(str, box))}"
+        if limits:
+            limit = f"aoi {o.aoi}" if o.aoi else "the sites"
+            raise InputError(f"{limit} and {asked} have no place in common")
+        raise InputError(f"{asked} holds no pixel of {checkpoint.recipe.resolution:g} m")
+    zones = {w.tile.epsg for w in work}
+    lattices = [grid for grid in grids(box, o.chunk, extent=o.extent) if grid.epsg in zones]
+    made = Plan(box, period, o, where, checkpoint, settings, lattices, work, {}, 0)
     if store is not None:
         store.check(made.parameters, made.grids, overwrite=o.overwrite)
     return _with_scenes(made, store)
@@ -245,16 +252,17 @@ def _stored_precision(store: Store | None, options: Options) -> str | None:
     return store.attributes()["parameters"]["precision"]
 
 
-def _wanted(grid: Grid, bbox: BBox, area: shapely.Geometry | None, options: Options) -> Iterator[Work]:
+def _wanted(grid: Grid, bbox: BBox, limits: list[shapely.Geometry], options: Options) -> Iterator[Work]:
     import shapely
 
-    within = in_zone(area, grid.epsg) if area is not None else None
+    within = [in_zone(area, grid.epsg) for area in limits]
     for tile in grid.tiles(options.chunk):
-        windows = wanted_windows(tile, bbox)
-        if windows is None or (within is not None and not within.intersects(shapely.box(*tile.bounds))):
+        if not all(area.intersects(shapely.box(*tile.bounds)) for area in within):
             continue
-        side = options.chunk // WINDOW
-        yield Work(tile, windows if options.extent == "bbox" else (0, side, 0, side))
+        windows = wanted_windows(tile, bbox)
+        if windows is not None:
+            side = options.chunk // WINDOW
+            yield Work(tile, windows if options.extent == "bbox" else (0, side, 0, side))
 
 
 def _with_scenes(made: Plan, store: Store | None) -> Plan:

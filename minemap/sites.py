@@ -115,6 +115,6 @@ def bounds(sites: Iterable[Site]) -> BBox:
     shifted = boxes.copy()
     shifted[:, [0, 2]] += np.where(boxes[:, [0]] < 0, 360, 0)
     plain, across = ((b[:, 0].min(), b[:, 2].max()) for b in (boxes, shifted))
-    if across[1] - across[0] < plain[1] - plain[0]:
+    if across[1] > 180 and across[0] < 180 and across[1] - across[0] < plain[1] - plain[0]:
         plain = across[0], across[1] - 360
     return check_bbox((plain[0], boxes[:, 1].min(), plain[1], boxes[:, 3].max()))

@@ -43,7 +43,8 @@ VERSION = 1  # of the layout
 QUICKLOOK = 8  # pixels of the map to one of the quicklook, on each side
 EPOCH = date(1970, 1, 1)
 NO_TIME = -(2**31)  # days; a period whose adding was cut short
-LAYERS = ("probability", "observations", "quicklook", "composite")
+CONSISTENT = "probability_consistent"  # derived from all periods of `probability`, kept beside it
+LAYERS = ("probability", CONSISTENT, "observations", "quicklook", "composite")
 
 CONVENTIONS = [
     {
@@ -238,8 +239,23 @@ class Store:
         """Metadata of every group in one place, so that opening it takes one read."""
         consolidate(self.path, self.groups())
 
-    def has_layer(self, group: str, name: str) -> bool:
-        return name in self._zone(group)
+    def add_consistent(self, group: str, periods: list[Period]) -> None:
+        """The array beside `probability` for what is derived from `periods`; what an older one held is void."""
+        zone = self._zone(group, "r+")
+        raw = _array(zone, "probability")
+        layer = _Layer(
+            "uint8", NOT_OBSERVED, {"long_name": "probability of mine given all periods", "units": "percent"}
+        )
+        if CONSISTENT not in zone:
+            _sharded(zone, CONSISTENT, layer, self.grid(group), (raw.shards or raw.chunks)[-1])
+        array = _array(zone, CONSISTENT)
+        array.resize(raw.shape)
+        array.attrs["periods"] = [str(period) for period in periods]
+
+    def consistent_over(self, group: str) -> list[str] | None:
+        """The periods from which the group's consistent probability was derived, None where there is none."""
+        zone = self._zone(group)
+        return list(_array(zone, CONSISTENT).attrs["periods"]) if CONSISTENT in zone else None  # type: ignore[arg-type]
 
     # --- tiles and their records --------------------------------------------------------------------------------
 

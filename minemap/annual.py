@@ -1,0 +1,231 @@
+"""The footprint year by year: one store, a table of areas by site and year, and a chart of it."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .areas import area_table
+from .cluster import connect
+from .consistency import make_consistent
+from .errors import InputError, NoItemsError
+from .grid import BBox, check_bbox
+from .mapping import Plan, map_area, plan
+from .sites import Site, bounds, read_sites
+from .store import CONSISTENT, Store
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from distributed import Client
+
+TABLES = (".csv", ".parquet")
+CONSISTENCY = ("hmm",)
+PANELS = 12  # sites a chart shows, those with the most mine
+
+
+def series(
+    bbox: BBox | None,
+    years: str | int | Sequence[int],
+    out: str | Path,
+    *,
+    table: str | Path | None = None,
+    chart: str | Path | None = None,
+    sites: str | Path | None = None,
+    buffer: float | None = None,
+    threshold: float | None = None,
+    consistency: str | None = None,
+    cluster: str | None = None,
+    workers: int | None = None,
+    client: Client | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    **options: Any,
+) -> pd.DataFrame:
+    """Maps each year into the store `out` and returns its areas, a row for each site and year (`area_table`).
+
+    bbox: west south east north in degrees; None for the box around `sites`, of which then only the super-tiles that
+    meet a site are mapped. years: "2018-2024", "2018,2020", 2019, or numbers. table: a .csv or .parquet file to
+    write; chart: a .png (beside the table when None). sites: a vector file, a row each; None for the whole box.
+    buffer: metres around sites. threshold: 0-1, from which a pixel counts as mine, the model's own when None.
+    consistency: "hmm" for areas of `probability_consistent`, which it writes into the store. cluster, workers,
+    client, progress and options (fields of `Options`) as of `map_area`; extent is "zone" unless given, so that years
+    and places can be added: what is there is never written again. A year without any scenes is a row without
+    observations. Raises subclasses of MinemapError.
+    """
+    job = _Job.of(bbox, years, table=table, chart=chart, sites=sites, buffer=buffer)
+    if consistency not in (None, *CONSISTENCY):
+        raise InputError(f"unknown consistency {consistency!r}: known is {', '.join(CONSISTENCY)}")
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise InputError(f"threshold {threshold} is a probability, 0 to 1")
+    options = job.options(options)
+    with connect(cluster, workers) if client is None else nullcontext(client) as connected:
+        _map_years(job, out, options, cluster=cluster, workers=workers, client=connected, progress=progress)
+    if consistency:
+        make_consistent(out)
+    layer = CONSISTENT if consistency else "probability"
+    where: dict[str, Any] = {"bbox": job.bbox} if job.sites is None else {"sites": job.sites}
+    frame = area_table(out, threshold=threshold, years=job.years, layer=layer, **where)
+    about = Store.at(out).attributes()
+    if about["recipe"].get("area_model") is None:
+        warnings.warn(f"the errors of model {about['model']} were not measured: area_km2 is empty", stacklevel=2)
+    if job.table:
+        write_table(frame, job.table)
+    if job.chart:
+        draw_chart(frame, job.chart, Store.at(out))
+    return frame
+
+
+def plan_years(
+    bbox: BBox | None,
+    years: str | int | Sequence[int],
+    out: str | Path,
+    *,
+    sites: str | Path | None = None,
+    buffer: float | None = None,
+    **options: Any,
+) -> dict[int, Plan]:
+    """What `series` would do in each year. Searches the source; writes nothing."""
+    job = _Job.of(bbox, years, sites=sites, buffer=buffer)
+    return {year: plan(job.bbox, str(year), out, **job.options(options)) for year in job.years}
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What was asked, checked before anything is mapped."""
+
+    bbox: BBox
+    years: list[int]
+    sites: list[Site] | None
+    near: Any  # polygons that super-tiles must meet, None for the whole box
+    table: Path | None
+    chart: Path | None
+
+    @staticmethod
+    def of(
+        bbox: BBox | None,
+        years: str | int | Sequence[int],
+        *,
+        table: str | Path | None = None,
+        chart: str | Path | None = None,
+        sites: str | Path | None = None,
+        buffer: float | None = None,
+    ) -> _Job:
+        if bbox is None and sites is None:
+            raise InputError("no place is given: give a bbox, or sites")
+        if buffer is not None and sites is None:
+            raise InputError(f"buffer is {buffer:g}, but no sites are given to put it around")
+        places = read_sites(sites, buffer=buffer) if sites is not None else None
+        near = _union(places) if bbox is None and places else None
+        box = check_bbox(bbox) if bbox is not None else bounds(places or [])
+        written = _file(table, TABLES, "table") if table is not None else None
+        picture = _file(chart, (".png",), "chart") if chart is not None else written and written.with_suffix(".png")
+        return _Job(box, parse_years(years), places, near, written, picture)
+
+    def options(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Those of the map: into a store that can grow."""
+        return {"extent": "zone", **given, "near": self.near}
+
+
+def _union(sites: list[Site]) -> Any:
+    import shapely
+
+    return shapely.union_all([site.area for site in sites])
+
+
+def _file(name: str | Path, endings: tuple[str, ...], role: str) -> Path:
+    path = Path(name)
+    if path.suffix.lower() not in endings:
+        raise InputError(f"{role} {path.name!r} can't be written: endings are {', '.join(endings)}")
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise InputError(f"{role} {path} is a folder, or lies in none: give a file in a folder that exists")
+    return path
+
+
+def parse_years(years: str | int | Sequence[int]) -> list[int]:
+    """ "2018-2024", "2018,2020", "2019", a number or numbers as ascending years. Raises InputError."""
+    parts = years.split(",") if isinstance(years, str) else [years] if isinstance(years, int) else years
+    found: set[int] = set()
+    for part in map(str, parts):
+        ends = re.fullmatch(r"\s*(\d{4})(?:\s*-\s*(\d{4}))?\s*", part)
+        first, last = (int(ends[1]), int(ends[2] or ends[1])) if ends else (1, 0)
+        if not 1 <= first <= last:
+            raise InputError(f"years {years!r}: give a range 2018-2024, a list 2018,2020, or a year 2019")
+        found |= set(range(first, last + 1))
+    if not found:
+        raise InputError("years is empty: give a range 2018-2024, a list 2018,2020, or a year 2019")
+    return sorted(found)
+
+
+def _map_years(job: _Job, out: str | Path, options: dict[str, Any], **how: Any) -> None:
+    """Maps year after year; one without any scenes stays unobserved, unless that is so for all."""
+    empty: list[NoItemsError] = []
+    for year in job.years:
+        try:
+            map_area(job.bbox, str(year), out, **how, **options)
+            options = {**options, "overwrite": False}  # what this run has made stays
+        except NoItemsError as error:
+            empty.append(error)
+            warnings.warn(f"{year} stays unobserved: {error}", stacklevel=3)
+    if len(empty) == len(job.years):
+        raise empty[0]
+
+
+def write_table(frame: pd.DataFrame, path: Path) -> None:
+    """The table as CSV (areas and shares to six decimals: a square metre) or Parquet, whole or not at all."""
+    draft = path.with_name(f".{path.name}.draft{path.suffix}")
+    try:
+        if path.suffix.lower() == ".parquet":
+            frame.to_parquet(draft, index=False)
+        else:
+            frame.to_csv(draft, index=False, float_format="%.6f")
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def draw_chart(frame: pd.DataFrame, path: Path, store: Store) -> None:
+    """Mapped area by year, a panel a site, with the estimate's bounds; poorly observed years hollow and unjoined."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    largest = frame.groupby("site", sort=False)["mapped_area_km2"].max().nlargest(PANELS)
+    names = [name for name in frame["site"].unique() if name in largest.index]
+    columns = min(3, len(names))
+    rows = -(-len(names) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(5 * columns + 1, 3.2 * rows + 0.8), squeeze=False, layout="constrained"
+    )
+    for axis, name in zip(axes.flat, names, strict=False):
+        _panel(axis, frame[frame["site"] == name], str(name))
+    for axis in axes.flat[len(names) :]:
+        axis.set_axis_off()
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    model, of = store.attributes()["model"], frame["site"].nunique()
+    figure.suptitle(f"Mine area by year, model {model}" + (f" ({len(names)} of {of} sites)" if of > PANELS else ""))
+    draft = path.with_name(f".{path.name}.draft.png")
+    try:
+        figure.savefig(draft, dpi=110)
+        draft.replace(path)
+    finally:
+        plt.close(figure)
+        draft.unlink(missing_ok=True)
+
+
+def _panel(axis: Any, rows: pd.DataFrame, name: str) -> None:
+    year, mapped, poor = rows["year"], rows["mapped_area_km2"], rows["poorly_observed"]
+    axis.fill_between(
+        year, rows["area_km2_lower"], rows["area_km2_upper"], alpha=0.2, color="tab:blue", label="estimate, 90 %"
+    )
+    axis.plot(year, mapped.where(~poor), "o-", color="tab:red", label="mapped")
+    axis.plot(year[poor], mapped[poor], "o", mfc="white", color="tab:red", label="mapped, poorly observed")
+    axis.set(title=name, ylabel="km²")
+    axis.set_ylim(bottom=0)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.grid(alpha=0.3)

@@ -1,0 +1,345 @@
+"""How good a map is, from points labelled by eye: a stratified random sample, and design-based estimates from it.
+
+After Olofsson et al. 2014 (Remote Sensing of Environment 148:42-57), with the ratio estimators of Stehman 2014
+(International Journal of Remote Sensing 35:4923-4939) because the strata are finer than the map's classes. Where
+strata and classes are the same, both give the same numbers.
+
+Strata: mine; near, what is not mine within NEAR metres of mine, where omissions are likely; far, the rest. The
+sample gives mine 30 %, near 20 % and far 50 % of the points: mine is rare, so that points spread evenly would hardly
+meet it, and what is missed far from any mine weighs most in an area. Within a stratum every m² is as likely to be
+drawn.
+"""
+
+from __future__ import annotations
+
+import csv
+import heapq
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import ndimage
+
+from .areas import computed_tiles, read_periods, sorted_periods
+from .errors import InputError
+from .grid import Grid, continuous_lonlat, pixel_area_km2
+from .inference import NOT_OBSERVED, mine_from
+from .scenes import Period, parse_period
+from .store import Store, write_atomically
+
+STRATA = ("mine", "near", "far")
+SHARES = (0.3, 0.2, 0.5)  # of the points
+NEAR = 100.0  # metres
+FEWEST = 2  # points in a stratum, without which there is no variance
+Z95 = 1.959964
+LABELS = {"mine": 1, "1": 1, "yes": 1, "true": 1, "not mine": 0, "0": 0, "no": 0, "false": 0}
+FIELDS = ("id", "lon", "lat", "date", "stratum", "label", "zone", "row", "column", "seed", "threshold")
+
+
+@dataclass(frozen=True)
+class Design:
+    """What fixes the strata of a map: which period, threshold (0-1) and seed of the draw."""
+
+    period: Period
+    threshold: float
+    seed: int
+
+    def codes(self) -> list[int]:
+        """The numbers 1 to 3 that stand for STRATA in a file of points: shuffled, so that they do not tell."""
+        return [int(n) + 1 for n in np.random.default_rng((self.seed, 3)).permutation(len(STRATA))]
+
+
+def sample(
+    path: str | Path,
+    out: str | Path,
+    *,
+    n: int = 500,
+    date: str | None = None,
+    threshold: float | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Draws `n` pixels of a map to be labelled by eye, as GeoJSON points `out` and a table (.csv) beside it.
+
+    date: one of the map's periods, the last one when None. threshold: 0-1, the model's own when None. Every point has
+    an empty `label`, to be filled with "mine" or "not mine" (left empty where imagery does not tell), and a `stratum`
+    whose number does not say what the map holds. The same seed draws the same points. Returns what was drawn.
+    Raises InputError, StoreError.
+    """
+    out = Path(out)
+    if out.suffix.lower() not in (".geojson", ".json"):
+        raise InputError(f"points {out.name!r} can't be written: the ending is .geojson")
+    if not out.absolute().parent.is_dir():
+        raise InputError(f"folder {out.absolute().parent} does not exist: make it first")
+    if n < FEWEST * len(STRATA):
+        raise InputError(f"n is {n}: at least {FEWEST * len(STRATA)} points are needed, some hundreds are useful")
+    store = Store.at(path)
+    design = _design(store, date, threshold, seed)
+    areas, points = _drawn(store, design, n)
+    _write_points(points, design, out)
+    counts = {name: sum(p["stratum"] == code for p in points) for name, code in _coded(design)}
+    return {"points": str(out), "table": str(out.with_suffix(".csv")), "n": len(points), "seed": seed,
+            "date": str(design.period), "threshold": design.threshold, "strata": counts,
+            "strata_km2": dict(zip(STRATA, areas.round(6).tolist(), strict=True))}  # fmt: skip
+
+
+def _design(store: Store, date: str | None, threshold: float | None, seed: int) -> Design:
+    periods = sorted_periods(store)
+    period = parse_period(date) if date is not None else periods[-1]
+    if period not in periods:
+        raise InputError(f"the map has no period {period}: it has {', '.join(map(str, periods))}")
+    limit = store.attributes()["recipe"]["threshold"] if threshold is None else threshold
+    if not 0 <= limit <= 1:
+        raise InputError(f"threshold {limit} is a probability, 0 to 1")
+    return Design(period, limit, seed)
+
+
+def _coded(design: Design) -> Iterator[tuple[str, int]]:
+    yield from zip(STRATA, design.codes(), strict=True)
+
+
+# --- strata of a map --------------------------------------------------------------------------------------------
+
+
+def _strata(store: Store, tile: Grid, design: Design) -> np.ndarray:
+    """Index into STRATA of every pixel of a super-tile, uint8 (y, x); len(STRATA) = not observed or not owned.
+
+    What lies around the super-tile in the same zone is looked at for `near`; across a zone's border it is not.
+    """
+    reach = round(NEAR / tile.resolution)
+    values = read_periods(store, tile, [design.period])[0]
+    around = _around(store, tile, reach, design)
+    mine = (around >= mine_from(design.threshold)) & (around != NOT_OBSERVED)
+    near = _within(mine, reach)[reach:-reach, reach:-reach]
+    out = np.where(mine[reach:-reach, reach:-reach], 0, np.where(near, 1, 2)).astype(np.uint8)
+    return np.where((values == NOT_OBSERVED) | ~tile.owned(), np.uint8(len(STRATA)), out)
+
+
+def _within(mine: np.ndarray, reach: int) -> np.ndarray:
+    return ndimage.distance_transform_edt(~mine) <= reach if mine.any() else np.zeros(mine.shape, bool)
+
+
+def _around(store: Store, tile: Grid, reach: int, design: Design) -> np.ndarray:
+    """What is stored in and `reach` pixels around a super-tile, uint8 (y, x), 255 beyond the map."""
+    wide, whole = tile.buffered(reach), store.grid(tile.group)
+    row, column = wide.offset_in(whole)
+    top, left = max(row, 0), max(column, 0)
+    bottom, right = min(row + wide.height, whole.height), min(column + wide.width, whole.width)
+    inner = whole.window(top, left, bottom - top, right - left)
+    out = np.full(wide.shape, NOT_OBSERVED, np.uint8)
+    index = store.periods(tile.group).index(design.period) if design.period in store.periods(tile.group) else None
+    if index is not None:
+        out[top - row : bottom - row, left - column : right - column] = store.read_tile(inner, index, "probability")
+    return out
+
+
+def _by_tile(store: Store, design: Design) -> Iterator[tuple[Grid, np.ndarray, np.ndarray]]:
+    """Super-tile by super-tile: its Grid, strata uint8 (y, x), and km² float64 (y, x)."""
+    for tile in computed_tiles(store):
+        yield tile, _strata(store, tile, design), pixel_area_km2(tile)
+
+
+def _sums(strata: np.ndarray, area: np.ndarray) -> np.ndarray:
+    """km² of each stratum, float64 (3,)."""
+    return np.bincount(strata.ravel(), weights=area.ravel(), minlength=len(STRATA) + 1)[: len(STRATA)]
+
+
+# --- drawing ----------------------------------------------------------------------------------------------------
+
+
+def _drawn(store: Store, design: Design, n: int) -> tuple[np.ndarray, list[dict[str, Any]]]:
+    """km² of the strata, and the points, in one pass that holds one super-tile.
+
+    Each pixel gets a random key u^(1/km²); those with the largest keys of a stratum are a sample without replacement
+    whose chances go with the area (Efraimidis and Spirakis 2006, Information Processing Letters 97:181-185).
+    """
+    areas, best = np.zeros(len(STRATA)), [[] for _ in STRATA]  # type: tuple[np.ndarray, list[list[tuple]]]
+    for tile, strata, area in _by_tile(store, design):
+        areas += _sums(strata, area)
+        place = (design.seed, tile.epsg, round(tile.left), round(tile.top + 1e8))  # not the order of the tiles
+        keys = np.log(np.random.default_rng(place).random(strata.shape)) / area
+        for k in range(len(STRATA)):
+            best[k] = heapq.nlargest(n, [*best[k], *_top(keys, strata == k, n, tile)])
+    wanted = _allocation(n, [len(found) for found in best])
+    chosen = [(k, *key[1:]) for k in range(len(STRATA)) for key in best[k][: wanted[k]]]
+    order = np.random.default_rng((design.seed, 1)).permutation(len(chosen))
+    return areas, [_point(i + 1, chosen[j], design) for i, j in enumerate(order)]
+
+
+def _top(keys: np.ndarray, which: np.ndarray, n: int, tile: Grid) -> list[tuple[Any, ...]]:
+    """(key, EPSG, row and column of the zone's lattice) of the `n` largest keys."""
+    rows, columns = np.nonzero(which)
+    found = keys[rows, columns]
+    top = np.argsort(found)[-n:] if len(found) <= n else np.argpartition(found, -n)[-n:]
+    row, column = round(-tile.top / tile.resolution), round(tile.left / tile.resolution)
+    return [(found[i], tile.epsg, row + int(rows[i]), column + int(columns[i]), tile.resolution) for i in top]
+
+
+def _allocation(n: int, present: list[int]) -> list[int]:
+    """Points of each stratum by SHARES; what a small stratum cannot give goes to the others."""
+    wanted = [0] * len(present)
+    for _ in present:
+        open_ = [k for k, have in enumerate(present) if wanted[k] < have]
+        total, left = sum(SHARES[k] for k in open_), n - sum(wanted)
+        for k in open_:
+            wanted[k] = min(present[k], wanted[k] + round(left * SHARES[k] / total))
+    return wanted
+
+
+def _point(number: int, chosen: tuple[Any, ...], design: Design) -> dict[str, Any]:
+    stratum, epsg, row, column, resolution = chosen
+    lon, lat = continuous_lonlat(epsg, (column + 0.5) * resolution, -(row + 0.5) * resolution)
+    values = (number, round(float((lon + 180) % 360 - 180), 7), round(float(lat), 7), str(design.period),
+              design.codes()[stratum], "", f"utm{epsg}", row, column, design.seed, design.threshold)  # fmt: skip
+    return dict(zip(FIELDS, values, strict=True))
+
+
+def _write_points(points: list[dict[str, Any]], design: Design, out: Path) -> None:
+    features = [
+        {"type": "Feature", "geometry": {"type": "Point", "coordinates": [p["lon"], p["lat"]]}, "properties": p}
+        for p in points
+    ]
+    write_atomically(out, json.dumps({"type": "FeatureCollection", "features": features}, indent=1))
+    lines = [",".join(FIELDS), *(",".join(str(p[name]) for name in FIELDS) for p in points)]
+    write_atomically(out.with_suffix(".csv"), "\n".join(lines) + "\n")
+
+
+# --- assessing --------------------------------------------------------------------------------------------------
+
+
+def assess(path: str | Path, points: str | Path) -> dict[str, Any]:
+    """Accuracies and areas of a map with 95 % intervals, from points of `sample` that have been labelled.
+
+    points: the GeoJSON or the table, its `label` filled; points without a label are left out. Returns `accuracy`'s
+    result with the numbers of points. Raises InputError, StoreError.
+    """
+    store, rows = Store.at(path), _read_points(Path(points))
+    labelled = [row for row in rows if str(row["label"] or "").strip()]
+    design = _one_design(rows, Path(points))
+    code = {number: k for k, (_, number) in enumerate(_coded(design))}
+    strata = np.array([code[int(row["stratum"])] for row in labelled], int)
+    areas = _check(store, design, labelled, strata)
+    truth = np.array([_label(row) for row in labelled], int)
+    found = accuracy(areas, strata, (strata == 0).astype(int), truth, classes=("not mine", "mine"))
+    drawn = {
+        "date": str(design.period),
+        "threshold": design.threshold,
+        "points": len(rows),
+        "labelled": len(labelled),
+    }
+    return {**drawn, **found}
+
+
+def told(found: dict[str, Any]) -> str:
+    """The result of `assess` as text."""
+    lines = [
+        f"{found['labelled']} of {found['points']} points labelled, {found['date']}, threshold {found['threshold']}"
+    ]
+    lines.append(f"{'overall accuracy':30} {_range(found['overall'])}")
+    for name in ("mine", "not mine"):
+        for key, words in (("users", "user's accuracy"), ("producers", "producer's accuracy"), ("area", "km²")):
+            lines.append(f"{name + ', ' + words:30} {_range(found[name][key])}")
+    return "\n".join(lines)
+
+
+def _range(value: dict[str, Any] | None) -> str:
+    if value is None:
+        return "not to be told: no such points"
+    low, high = value["ci95"]
+    return f"{value['estimate']:.4g}  (95 %: {low:.4g} to {high:.4g})"
+
+
+def _read_points(path: Path) -> list[dict[str, Any]]:
+    try:
+        text = path.read_text()
+        if path.suffix.lower() == ".csv":
+            rows = list(csv.DictReader(text.splitlines()))
+        else:
+            rows = [feature["properties"] for feature in json.loads(text)["features"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"points {path} can't be read: give a file of minemap sample ({error})") from error
+    missing = set(FIELDS) - set(rows[0] if rows else ())
+    if missing:
+        raise InputError(f"points {path} have no {', '.join(sorted(missing))}: give a file of minemap sample")
+    return rows
+
+
+def _one_design(rows: list[dict[str, Any]], path: Path) -> Design:
+    found = {(str(row["date"]), float(row["threshold"]), int(row["seed"])) for row in rows}
+    if len(found) != 1:
+        raise InputError(f"points {path} come from {len(found)} draws: assess each file on its own")
+    date, threshold, seed = found.pop()
+    return Design(parse_period(date), threshold, seed)
+
+
+def _label(row: dict[str, Any]) -> int:
+    word = str(row["label"]).strip().lower()
+    if word not in LABELS:
+        raise InputError(f"point {row['id']} has the label {row['label']!r}: use mine, not mine, or leave it empty")
+    return LABELS[word]
+
+
+def _check(store: Store, design: Design, rows: list[dict[str, Any]], strata: np.ndarray) -> np.ndarray:
+    """km² of the strata; InputError where the map is not the one that the points were drawn from, or too few."""
+    _design(store, str(design.period), design.threshold, design.seed)
+    wanted = {(r["zone"], int(r["row"]), int(r["column"])): k for r, k in zip(rows, strata.tolist(), strict=True)}
+    areas, agree = np.zeros(len(STRATA)), 0
+    for tile, found, area in _by_tile(store, design):
+        areas += _sums(found, area)
+        top, left = round(-tile.top / tile.resolution), round(tile.left / tile.resolution)
+        for (zone, row, column), k in wanted.items():
+            if zone == tile.group and 0 <= row - top < tile.height and 0 <= column - left < tile.width:
+                agree += found[row - top, column - left] == k
+    if agree != len(wanted):
+        raise InputError(f"{store.path} differs from what {len(wanted) - agree} points were drawn from: draw again")
+    counts = np.bincount(strata, minlength=len(STRATA))
+    for name, km2, count in zip(STRATA, areas, counts, strict=True):
+        if km2 > 0 and count < FEWEST:
+            raise InputError(f"stratum {name} has {count} labelled points: label at least {FEWEST}")
+    return areas
+
+
+def accuracy(
+    areas: np.ndarray, strata: np.ndarray, mapped: np.ndarray, truth: np.ndarray, *, classes: tuple[str, ...]
+) -> dict[str, Any]:
+    """Design-based estimates from a stratified random sample.
+
+    areas: of each stratum, any unit, float64 (stratum,). strata, mapped, truth: int (point,), each point's stratum,
+    and its class on the map and in truth as an index into `classes`. Returns `overall` accuracy and, by class,
+    `users`, `producers` and `area`, each with `estimate`, `se` and `ci95` (lower, upper; areas in the unit of
+    `areas`); None where a class has no points. Intervals are 1.96 standard errors, cut at 0, and at 1 for accuracies.
+    """
+    every = np.ones(len(strata))
+    right = (mapped == truth).astype(float)
+    found: dict[str, Any] = {"overall": _ratio(areas, strata, right, every)}
+    for i, name in enumerate(classes):
+        on_map, in_truth = (mapped == i).astype(float), (truth == i).astype(float)
+        share = _ratio(areas, strata, in_truth, every)
+        found[name] = {
+            "users": _ratio(areas, strata, on_map * in_truth, on_map),
+            "producers": _ratio(areas, strata, on_map * in_truth, in_truth),
+            "area": share and _scaled(share, float(areas.sum())),
+        }
+    return found
+
+
+def _ratio(areas: np.ndarray, strata: np.ndarray, y: np.ndarray, x: np.ndarray) -> dict[str, Any] | None:
+    """Σ y / Σ x over the whole map with its standard error, the variance by linearisation (Stehman 2014)."""
+    used = [(km2, strata == k) for k, km2 in enumerate(areas) if km2 > 0]
+    total = sum(km2 * x[which].mean() for km2, which in used)
+    if not total:
+        return None
+    estimate = sum(km2 * y[which].mean() for km2, which in used) / total
+    spread = [(km2, (y - estimate * x)[which]) for km2, which in used]
+    se = np.sqrt(sum(km2**2 * away.var(ddof=1) / len(away) for km2, away in spread)) / total
+    return _interval(float(estimate), float(se), 1.0)
+
+
+def _scaled(share: dict[str, Any], total: float) -> dict[str, Any]:
+    return _interval(share["estimate"] * total, share["se"] * total, total)
+
+
+def _interval(estimate: float, se: float, most: float) -> dict[str, Any]:
+    return {"estimate": estimate, "se": se, "ci95": (max(0.0, estimate - Z95 * se), min(most, estimate + Z95 * se))}

@@ -1,0 +1,68 @@
+"""The hidden Markov filter against all sequences of states, written out."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import pytest
+
+from minemap.consistency import CERTAIN, MINED, UNMINED, smooth, transition
+
+
+def by_hand(percent, times, threshold):
+    """Chance of mine in each year: the sum over every sequence of states, one pixel."""
+    weights = np.zeros((len(percent), 2))
+    for states in product((0, 1), repeat=len(percent)):
+        chance = 0.5
+        for before, after, gap in zip(states, states[1:], np.diff(times), strict=False):
+            chance *= np.linalg.matrix_power(np.array([[1 - MINED, MINED], [UNMINED, 1 - UNMINED]]), gap)[
+                before, after
+            ]
+        for state, seen in zip(states, percent, strict=True):
+            if seen != 255:
+                p = np.clip(seen / 100, CERTAIN, 1 - CERTAIN)
+                chance *= p / threshold if state else (1 - p) / (1 - threshold)
+        for year, state in enumerate(states):
+            weights[year, state] += chance
+    odds = weights[:, 1] / weights[:, 0] * threshold / (1 - threshold)
+    return np.where(np.array(percent) == 255, 255, np.rint(100 * odds / (1 + odds)))
+
+
+def test_every_sequence_of_states():
+    rng = np.random.default_rng(3)
+    times = [2016, 2017, 2018, 2020, 2023]
+    percent = rng.integers(0, 101, (5, 4, 25)).astype(np.uint8)
+    percent[rng.random(percent.shape) < 0.2] = 255
+    found = smooth(percent, times, 0.628)
+    expected = np.stack([by_hand(p, times, 0.628) for p in percent.reshape(5, -1).T], axis=1).reshape(percent.shape)
+    assert found.dtype == np.uint8 and np.abs(found.astype(int) - expected).max() <= 1  # float32 and ties
+    np.testing.assert_array_equal(found == 255, percent == 255)
+
+
+def test_a_year_alone_stays_as_it_was():
+    percent = np.arange(101, dtype=np.uint8).reshape(1, 1, 101)
+    expected = np.clip(percent, 100 * CERTAIN, 100 - 100 * CERTAIN)
+    np.testing.assert_array_equal(smooth(percent, [2020], 0.37), expected)
+
+
+@pytest.mark.parametrize(
+    ("seen", "mine"),
+    [
+        ([95, 95, 5, 95, 95], [1, 1, 1, 1, 1]),  # one bad year
+        ([5, 5, 95, 5, 5], [0, 0, 0, 0, 0]),  # one false alarm
+        ([5, 5, 95, 95, 95], [0, 0, 1, 1, 1]),  # a new mine
+        ([95, 95, 95, 5, 5], [1, 1, 1, 0, 0]),  # mined no more: not absorbing
+        ([95, 255, 255, 5, 5], [1, 255, 255, 0, 0]),  # not observed says nothing
+    ],
+)
+def test_what_it_is_for(seen, mine):
+    smoothed = smooth(np.array(seen, np.uint8).reshape(-1, 1, 1), range(2018, 2023), 0.5).ravel()
+    assert np.where(smoothed == 255, 255, smoothed >= 50).tolist() == mine
+
+
+def test_chances_of_many_years():
+    two = transition(1) @ transition(1)
+    np.testing.assert_allclose(transition(2), two)
+    np.testing.assert_allclose(transition(0.5) @ transition(0.5), transition(1))
+    np.testing.assert_allclose(transition(7).sum(axis=1), 1)
