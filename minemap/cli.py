@@ -71,7 +71,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser() -> argparse.ArgumentParser:
-    top = Parser(prog="minemap", description="Maps the footprint of mining from Sentinel-2.")
+    top = Parser(prog="minemap", description="Maps the footprint of mining from Sentinel-2 or Landsat.")
     top.add_argument("--version", action="version", version=f"minemap {__version__}")
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for name, about, add, run in _commands():
@@ -144,7 +144,7 @@ def _add_map_options(p: argparse.ArgumentParser) -> None:
 def _add_scenes(p: argparse.ArgumentParser) -> None:
     """Which scenes, and how they become an image."""
     p.add_argument("--stac", default="earth-search", help="earth-search, planetary-computer, a URL or an item file")
-    p.add_argument("--collection", help="the source's collection (default: sentinel-2-l2a; any in an item file)")
+    p.add_argument("--collection", help="sentinel-2-l2a (default; any in an item file) or landsat-c2-l2")
     p.add_argument("--max-cloud", type=float, default=60.0, metavar="PERCENT", help="of an item (60)")
     p.add_argument("--max-scenes", type=int, default=24, metavar="N", help="acquisitions a 20-km cell (24)")
     p.add_argument("--min-clear", type=int, default=3, metavar="N", help="with fewer clear looks: not observed (3)")

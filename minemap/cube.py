@@ -20,7 +20,8 @@ from .errors import InputError
 from .grid import CHUNK, Grid, crs_wkt
 from .reader import GDAL_OPTIONS, Access, ExactReader, signed
 from .scenes import acquisition_id, moment
-from .sentinel2 import BANDS, NODATA, SCALE, SCL, Item, Scaling, asset_key, scaling
+from .sensors import asset_key, one_sensor, scaling
+from .sentinel2 import BANDS, NODATA, SCALE, SCL, Item, Scaling
 
 READERS = ("stackstac", "odc")
 _PYSTAC = threading.Lock()  # HACK: pystac 1.15 registers its extensions on first use, and not thread-safely
@@ -41,8 +42,9 @@ def load_cube(
 
     One layer an item that meets the grid, in order of acquisition and id; coordinates: `time` (UTC), `id`,
     `acquisition`, `scl` (time, y, x; lazy, uint8 classes, 0 = no data), x and y pixel centres in metres (y
-    descending), `spatial_ref`. Bands at 20 m are resampled bilinearly, SCL by nearest neighbour. Reflectance is
-    (DN + offset) x scale per item, at least 0.0001, with the offset decided by `sentinel2.scaling`.
+    descending), `spatial_ref`. What lies on another lattice is resampled bilinearly, SCL
+    (or Landsat's QA_PIXEL as SCL classes) by nearest neighbour. Reflectance is
+    (DN + offset) x scale per item, at least 0.0001, as `sensors.scaling` decides.
     reader: "stackstac" or "odc". chunk: dask chunk side in pixels.
     """
     layers = load_layers(items, grid, bands=bands, reader=reader, chunk=chunk, access=access, scalings=scalings)
@@ -70,17 +72,19 @@ def load_layers(
     """
     if reader not in READERS:
         raise InputError(f"unknown reader {reader!r}: give one of {', '.join(READERS)}")
-    items = _in_order(items)
+    items, sensor = _in_order(items), one_sensor(items)
     plain = [_plain(item) for item in items]
     load = partial(_stack, grid=grid, reader=reader, chunk=chunk, access=access or Access())
     raw = load(plain, bands=bands, resampling="bilinear", dtype=np.dtype("uint16"))
     kept = {str(name): i for i, name in enumerate(raw["id"].values)}
     chosen = [item for item in items if item["id"] in kept]
-    classes = load(plain, bands=(SCL,), resampling="nearest", dtype=np.dtype("uint8")).isel(band=0, drop=True)
-    classes = _aligned(classes, list(kept))
+    quality = load(plain, bands=(SCL,), resampling="nearest", dtype=np.dtype(sensor.dtype)).isel(band=0, drop=True)
+    quality = _aligned(quality, list(kept))
+    classes = quality.copy(data=quality.data.map_blocks(sensor.classes, dtype=np.uint8))
     blind = [i for i, item in enumerate(chosen) if asset_key(item, SCL) is None]
     if blind:
-        warnings.warn(f"{len(blind)} of {len(chosen)} items have no SCL: their clouds are not masked", stacklevel=2)
+        told = f"{len(blind)} of {len(chosen)} items have no {sensor.quality}: their clouds are not masked"
+        warnings.warn(told, stacklevel=2)
         classes = _replaced(classes, blind, UNCLASSIFIED)
     decided = [(scalings or {}).get(item["id"]) or scaling(item) for item in chosen]
     dn = raw.copy(data=_scaled(raw.data, decided)).rename("dn")

@@ -1,7 +1,7 @@
 """Where pixels are: one frozen Grid per UTM zone, its super-tiles, and which zone owns a pixel.
 
 Every zone has one fixed lattice: pixel edges at multiples of the resolution, 256-px windows at multiples of
-256 px, super-tiles at multiples of their size, scene cells at multiples of 20,480 m, all counted from easting 0
+256 px, super-tiles at multiples of their size, scene cells at multiples of 2048 px, all counted from easting 0
 and northing 0 of the zone. A Grid is a piece of that lattice.
 """
 
@@ -22,7 +22,7 @@ from .sentinel2 import RESOLUTION
 WINDOW = 256  # px, core of what the network sees at a time, and inner chunk of the store
 CHUNK = 2048  # px, side of a super-tile and of a shard
 CHUNKS = (512, 1024, 2048)
-CELL = 20_480  # metres, side of the cell for which scenes are chosen
+CELL = 20_480  # metres, side of the cell for which scenes are chosen, on the lattice of 10 m
 MAX_LATITUDE = 84.0
 SAG = 1e-3  # degrees; the edges of a super-tile bend less than that between five points
 
@@ -112,9 +112,9 @@ class Grid:
 
     @property
     def cell(self) -> tuple[int, int]:
-        """(column, row) of the 20,480-m cell that holds the first pixel, counted from easting 0, northing 0."""
-        half = self.resolution / 2
-        return math.floor((self.left + half) / CELL), math.floor((self.top - half) / CELL)
+        """(column, row) of the cell that holds the first pixel, counted from easting 0, northing 0."""
+        half, side = self.resolution / 2, cell_side(self.resolution)
+        return math.floor((self.left + half) / side), math.floor((self.top - half) / side)
 
     def owned(self) -> np.ndarray:
         """Which pixels are this zone's own, bool (y, x): centre within its 6 degrees and its hemisphere.
@@ -154,10 +154,15 @@ class Grid:
         return continuous_lonlat(self.epsg, *np.meshgrid(x, y))
 
 
+def cell_side(resolution: float) -> float:
+    """Metres: a cell is as large as the largest super-tile, 2048 px, so that no super-tile lies in two cells."""
+    return CELL * resolution / RESOLUTION
+
+
 def cell_grid(epsg: int, cell: tuple[int, int], resolution: float = RESOLUTION) -> Grid:
     """The cell (column, row) as a Grid."""
-    side = round(CELL / resolution)
-    return Grid(epsg, cell[0] * float(CELL), (cell[1] + 1) * float(CELL), side, side, resolution)
+    side = cell_side(resolution)
+    return Grid(epsg, cell[0] * side, (cell[1] + 1) * side, CHUNK, CHUNK, resolution)
 
 
 def check_bbox(numbers: tuple[float, ...] | list[float]) -> BBox:

@@ -26,11 +26,23 @@ from .cluster import GPU, TASK_THREADS, connect, worker_count
 from .compositing import Rule, composite_layers
 from .cube import READERS, load_layers
 from .errors import InputError, NoItemsError, ReadError, StoreError
-from .grid import CELL, CHUNK, CHUNKS, WINDOW, BBox, Grid, check_bbox, grids, pixel_area_km2, wanted_windows
+from .grid import CHUNK, CHUNKS, WINDOW, BBox, Grid, cell_side, check_bbox, grids, pixel_area_km2, wanted_windows
 from .inference import NOT_OBSERVED, Settings, mine_from, percent, probability
 from .reader import Access, read_overview
-from .scenes import Acquisition, Period, Scenes, Source, parse_months, parse_period, search, search_area, source
-from .sentinel2 import NODATA, OFFSET, SCL, SCL_MASKED, Item, Scaling, asset_key, contradicts, scaling
+from .scenes import (
+    Acquisition,
+    Period,
+    Scenes,
+    Source,
+    parse_months,
+    parse_period,
+    search,
+    search_area,
+    sensor_at,
+    source,
+)
+from .sensors import Sensor, asset_key, scaling
+from .sentinel2 import NODATA, OFFSET, SCL, SCL_MASKED, Item, Scaling, contradicts
 from .store import QUICKLOOK, Store, file_name, parameters_hash, write_atomically
 
 if TYPE_CHECKING:
@@ -172,6 +184,7 @@ class Plan:
     period: Period
     options: Options
     source: Source
+    sensor: Sensor
     checkpoint: Checkpoint
     settings: Settings
     grids: list[Grid]
@@ -202,7 +215,8 @@ class Plan:
             "months": list(parse_months(o.months)),
             "composite": self.rule.as_dict(),
             "bands": list(self.checkpoint.recipe.bands),
-            "resolution": self.checkpoint.recipe.resolution,
+            "sensor": self.sensor.name,
+            "resolution": self.sensor.resolution,
             "model": self.checkpoint.recipe.name,
             "model_sha256": self.checkpoint.sha256,
             "precision": self.settings.precision,
@@ -222,7 +236,7 @@ def plan(bbox: BBox, date: str | Period, out: str | Path | None = None, **option
     box, period, where = check_bbox(bbox), parse_period(date), source(o.stac, o.collection)
     parse_months(o.months)
     area = load_aoi(o.aoi) if o.aoi else None
-    checkpoint = load_model(o.model)
+    sensor, checkpoint = sensor_at(where), load_model(o.model)
     if checkpoint.recipe.window != WINDOW:
         raise InputError(
             f"model {checkpoint.recipe.name} has windows of {checkpoint.recipe.window} px, maps have {WINDOW}"
@@ -230,16 +244,23 @@ def plan(bbox: BBox, date: str | Period, out: str | Path | None = None, **option
     store = Store.at(out) if out is not None else None
     settings = Settings.for_machine(o.precision or _stored_precision(store, o))
     limits = [shape for shape in (area, o.near) if shape is not None]
-    work = [w for grid in grids(box, o.chunk) for w in _wanted(grid, box, limits, o)]
+    covered = grids(box, o.chunk, resolution=sensor.resolution)
+    work = [w for grid in covered for w in _wanted(grid, box, limits, o)]
     if not work:
         asked = f"bbox {' '.join(map(str, box))}"
         if limits:
             limit = f"aoi {o.aoi}" if o.aoi else "the sites"
             raise InputError(f"{limit} and {asked} have no place in common")
-        raise InputError(f"{asked} holds no pixel of {checkpoint.recipe.resolution:g} m")
+        raise InputError(f"{asked} holds no pixel of {sensor.resolution:g} m")
+    if checkpoint.recipe.resolution != sensor.resolution:
+        warnings.warn(
+            f"model {checkpoint.recipe.name} was trained at {checkpoint.recipe.resolution:g} m, {sensor.name} maps "
+            f"have {sensor.resolution:g} m: how good they are is not known",
+            stacklevel=2,
+        )
     zones = {w.tile.epsg for w in work}
-    lattices = [grid for grid in grids(box, o.chunk, extent=o.extent) if grid.epsg in zones]
-    made = Plan(box, period, o, where, checkpoint, settings, lattices, work, {}, 0)
+    lattices = [g for g in grids(box, o.chunk, extent=o.extent, resolution=sensor.resolution) if g.epsg in zones]
+    made = Plan(box, period, o, where, sensor, checkpoint, settings, lattices, work, {}, 0)
     if store is not None:
         store.check(made.parameters, made.grids, overwrite=o.overwrite)
     return _with_scenes(made, store)
@@ -290,7 +311,7 @@ def _with_scenes(made: Plan, store: Store | None) -> Plan:
         scenes = Scenes(items, o.max_scenes)
         for tile in zone:
             if (tile.group, tile.cell) not in chosen:
-                chosen[tile.group, tile.cell] = scenes.choose(epsg, tile.cell)
+                chosen[tile.group, tile.cell] = scenes.choose(epsg, tile.cell, tile.resolution)
     planned = replace(made, cells=chosen, frozen=len(done))
     if empty and not planned.items and not done:
         raise empty[0]
@@ -298,17 +319,18 @@ def _with_scenes(made: Plan, store: Store | None) -> Plan:
         warnings.warn(f"part of the box stays unobserved: {nothing}", stacklevel=2)
     blind = sum(asset_key(item, SCL) is None for item in planned.items)
     if blind:
-        warnings.warn(f"{blind} of {len(planned.items)} items have no SCL: their clouds are not masked", stacklevel=2)
+        told = f"{blind} of {len(planned.items)} items have no {made.sensor.quality}: their clouds are not masked"
+        warnings.warn(told, stacklevel=2)
     return planned
 
 
 def _around(tiles: list[Grid]) -> Grid:
     """The smallest Grid that covers the cells of all tiles of one zone."""
-    side = round(CELL / tiles[0].resolution)
+    side = cell_side(tiles[0].resolution)
     left, right = min(t.cell[0] for t in tiles), max(t.cell[0] for t in tiles)
     bottom, top = min(t.cell[1] for t in tiles), max(t.cell[1] for t in tiles)
-    height, width = (top - bottom + 1) * side, (right - left + 1) * side
-    return Grid(tiles[0].epsg, left * float(CELL), (top + 1) * float(CELL), height, width, tiles[0].resolution)
+    height, width = (top - bottom + 1) * CHUNK, (right - left + 1) * CHUNK
+    return Grid(tiles[0].epsg, left * side, (top + 1) * side, height, width, tiles[0].resolution)
 
 
 def map_area(
@@ -525,7 +547,9 @@ def read_image(inner: Grid, halo: int, how: Reading) -> tuple[np.ndarray, np.nda
     items = [how.store.read_item(name) for acquisition in chosen for name in acquisition]
     decided = {item["id"]: decide(item, how) for item in items}
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*no SCL")  # said once, when the scenes were chosen
+        warnings.filterwarnings(
+            "ignore", message=".*their clouds are not masked"
+        )  # said once, when the scenes were chosen
         layers = load_layers(
             items,
             seen,

@@ -108,11 +108,11 @@ def read_asset(
     shape = int(window.height), int(window.width)
 
     def read(source: Any) -> np.ndarray:
-        same_crs = source.crs.to_epsg() == epsg
-        offset = _lattice_offset(source.transform, target) if same_crs else None
+        own = _transform_in(source, epsg)
+        offset = _lattice_offset(own, target) if own is not None else None
         if offset is not None:
             return _copied(source, offset, shape)
-        return _warped(source, epsg, target, shape, resampling)
+        return _warped(source, own, epsg, target, shape, resampling)
 
     return _attempted(href, access, read)
 
@@ -162,6 +162,22 @@ def _open(href: str) -> rasterio.DatasetReader:
     return rasterio.DatasetReader(_parse_path(href), driver=DRIVERS, sharing=False)
 
 
+def _transform_in(source: Any, epsg: int) -> Affine | None:
+    """The source's transform in the target's CRS; None where only a warp leads from one to the other.
+
+    The two hemispheres of a UTM zone differ by 10,000 km of false northing and nothing else (Landsat numbers the
+    south in the northern zone). Going through a projection would add rounding, which decides where a source lies half
+    a pixel off the target.
+    """
+    own = source.crs.to_epsg() or 0
+    if own == epsg:
+        return source.transform
+    zones = {own // 100, epsg // 100}
+    if zones != {326, 327} or own % 100 != epsg % 100:
+        return None
+    return Affine.translation(0, 1e7 if epsg > own else -1e7) @ source.transform
+
+
 def _lattice_offset(source: Affine, target: Affine) -> tuple[int, int] | None:
     """(row, column) of the target's first pixel in the source, None unless both share one lattice."""
     if (source.a, source.b, source.d, source.e) != (target.a, target.b, target.d, target.e):
@@ -184,8 +200,12 @@ def _copied(source: Any, offset: tuple[int, int], shape: tuple[int, int]) -> np.
     return out
 
 
-def _warped(source: Any, epsg: int, target: Affine, shape: tuple[int, int], resampling: Resampling) -> np.ndarray:
+def _warped(
+    source: Any, own: Affine | None, epsg: int, target: Affine, shape: tuple[int, int], resampling: Resampling
+) -> np.ndarray:
+    """own: the source's transform in the target's CRS, None where it has another."""
     scale = _kernel_scale(source, epsg, target.a)
+    placed = {} if own is None else {"src_crs": f"EPSG:{epsg}", "src_transform": own}
     with WarpedVRT(
         source,
         sharing=False,
@@ -199,6 +219,7 @@ def _warped(source: Any, epsg: int, target: Affine, shape: tuple[int, int], resa
         tolerance=TOLERANCE,
         XSCALE=str(scale),
         YSCALE=str(scale),
+        **placed,
     ) as vrt:
         return vrt.read(1)
 

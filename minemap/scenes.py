@@ -19,8 +19,9 @@ import shapely
 from shapely.geometry import box, shape
 
 from .errors import CatalogueError, InputError, NoItemsError
-from .grid import CELL, BBox, Grid, cell_grid, continuous_lonlat
-from .sentinel2 import BANDS, SCL, Item, asset_key, baseline
+from .grid import BBox, Grid, cell_grid, continuous_lonlat
+from .sensors import Sensor, asset_key, one_sensor, sensor_named, sensor_of
+from .sentinel2 import BANDS, RESOLUTION, SCL, Item, baseline
 
 SOURCES = {
     "earth-search": "https://earth-search.aws.element84.com/v1",
@@ -178,6 +179,7 @@ def _filter(
 ) -> list[Item]:
     items = tally.keep(items, (when.holds(moment(i)) for i in items), "the period")
     items = tally.keep(items, (not months or moment(i).month in months for i in items), "--months")
+    items = tally.keep(items, (sensor_of(i).uses(i) for i in items), "their platform")
     has_bands = (any(asset_key(i, band) for band in BANDS) for i in items)
     items = tally.keep(items, has_bands, "having none of the bands")
     best = {item["id"] for item in newest(items)}
@@ -222,21 +224,30 @@ def _from_api(where: Source, bbox: BBox, period: Period) -> Iterator[Item]:
         raise CatalogueError(f"{where.url} does not answer as a STAC API: {_first_line(error)}") from error
 
 
+def sensor_at(where: Source) -> Sensor:
+    """The one sensor of a source: of its collection, or of an item file's items. Raises InputError for several."""
+    if not where.is_file:
+        return sensor_named(where.collection)
+    return one_sensor((item for item, _ in _read_file(where)), f"the items of {where.name}")
+
+
 def _from_file(where: Source, bbox: BBox) -> Iterator[Item]:
+    wanted = shapely.union_all([box(*part) for part in _halves(bbox)])
+    yield from (item for item, area in _read_file(where) if area.intersects(wanted))
+
+
+def _read_file(where: Source) -> list[tuple[Item, shapely.Geometry]]:
+    """The items of a file that are of its collection, where one is named, and their areas."""
     try:
         content = json.loads(Path(where.url).read_text())
         raw = content if isinstance(content, list) else content.get("features", [content])
-        items = [_clean(item, base=Path(where.url)) for item in raw]
-        areas = [_area(item) for item in items]
+        items = [_clean(i, base=Path(where.url)) for i in raw]
+        wanted = [i for i in items if not where.collection or i.get("collection") == where.collection]
+        return [(item, _area(item)) for item in wanted]
     except (ValueError, KeyError, TypeError, AttributeError, shapely.errors.ShapelyError) as error:
         raise CatalogueError(f"item file {where.name} is not a STAC ItemCollection: {_first_line(error)}") from error
     except OSError as error:
         raise CatalogueError(f"item file {where.name} can't be read: {error.strerror}") from error
-    wanted = shapely.union_all([box(*part) for part in _halves(bbox)])
-    for item, area in zip(items, areas, strict=True):
-        in_collection = not where.collection or item.get("collection") == where.collection
-        if in_collection and area.intersects(wanted):
-            yield item
 
 
 def _first_line(error: BaseException) -> str:
@@ -307,7 +318,8 @@ def acquisition_id(item: Item) -> str:
         return re.sub(r"_N\d{2}\.\d{2}$", "", take)
     start = re.search(r"MSIL2A_(\d{8}T\d{6})", f"{properties.get('s2:product_uri', '')} {item['id']}")
     platform = properties.get("platform") or properties.get("constellation") or "any"
-    return f"{platform}_{start[1] if start else moment(item).date()}"
+    path = properties.get("landsat:wrs_path")
+    return f"{platform}_{start[1] if start else moment(item).date()}" + (f"_{path}" if path else "")
 
 
 def newest(items: list[Item]) -> list[Item]:
@@ -371,14 +383,14 @@ class Scenes:
         self._areas = [*areas, *(a for _, a in shifted)]
         self._tree = shapely.STRtree(self._areas)
 
-    def choose(self, epsg: int, cell: tuple[int, int]) -> list[Acquisition]:
+    def choose(self, epsg: int, cell: tuple[int, int], resolution: float = RESOLUTION) -> list[Acquisition]:
         """At most `max_scenes` acquisitions for a cell, in order of time.
 
         Each month's clearest first, then each month's second, and so on, so that they spread over the period;
         ties by id. How clear: the share of the cell that the acquisition covers and its clouds leave free.
         Depends on the items and the cell alone.
         """
-        place = _cell_polygon(epsg, cell)
+        place = _cell_polygon(cell_grid(epsg, cell, resolution))
         groups: dict[str, dict[int, float]] = {}
         for index in self._tree.query(place, predicate="intersects"):
             item = self._owner[index]
@@ -416,15 +428,12 @@ def _spread(candidates: list[_Candidate]) -> list[_Candidate]:
     return [c for *_, c in sorted(ranked, key=lambda r: r[:3])]
 
 
-def _cell_polygon(epsg: int, cell: tuple[int, int]) -> shapely.Polygon:
+def _cell_polygon(cell: Grid) -> shapely.Polygon:
     """The cell with its halo in degrees, continuous across the antimeridian."""
-    grid = cell_grid(epsg, cell, resolution=HALO_METRES)
-    left, bottom, right, top = grid.bounds
-    side = shapely.segmentize(
-        box(left - HALO_METRES, bottom - HALO_METRES, right + HALO_METRES, top + HALO_METRES), CELL / 8
-    )
-    x, y = shapely.get_coordinates(side).T
-    return shapely.Polygon(list(zip(*continuous_lonlat(epsg, x, y), strict=True)))
+    left, bottom, right, top = cell.bounds
+    around = box(left - HALO_METRES, bottom - HALO_METRES, right + HALO_METRES, top + HALO_METRES)
+    x, y = shapely.get_coordinates(shapely.segmentize(around, (right - left) / 8)).T
+    return shapely.Polygon(list(zip(*continuous_lonlat(cell.epsg, x, y), strict=True)))
 
 
 def search_area(grid: Grid) -> BBox:

@@ -7,6 +7,7 @@ for the offset of processing baseline 04.00; STAC extensions eo, raster, process
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,10 +51,10 @@ OFFSET = -1000  # DN, in products of processing baseline 04.00 and later
 _FIRST_WITH_OFFSET = 4.0
 
 
-def asset_key(item: Item, band: str) -> str | None:
+def asset_key(item: Item, band: str, aliases: Mapping[str, tuple[str, ...]] = ALIASES) -> str | None:
     """The key of `item`'s asset that holds `band`, under any catalogue's names; None when it has none."""
     assets = item["assets"]
-    for name in ALIASES[band]:
+    for name in aliases[band]:
         if name in assets:
             return name
     for key, asset in assets.items():
@@ -81,7 +82,7 @@ def baseline(item: Item) -> float | None:
 class Scaling:
     """How stored DN become reflectance: `(DN + offset) * scale`, and why it was decided so."""
 
-    offset: int  # DN
+    offset: float  # DN
     scale: float  # reflectance per DN
     reason: str
 

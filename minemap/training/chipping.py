@@ -37,8 +37,9 @@ from minemap.errors import InputError, NoItemsError, StoreError
 from minemap.grid import CHUNK, BBox, Grid, cell_grid, continuous_lonlat, grids, zone_epsg
 from minemap.mapping import Options, Reading, in_zone, inside, read_image, read_polygons, with_decision
 from minemap.reader import Access
-from minemap.scenes import Period, Scenes, Source, parse_months, parse_period, search, search_area, source
-from minemap.sentinel2 import BANDS, RESOLUTION, SCL, asset_key
+from minemap.scenes import Period, Scenes, Source, parse_months, parse_period, search, search_area, sensor_at, source
+from minemap.sensors import Sensor, asset_key
+from minemap.sentinel2 import BANDS, SCL
 from minemap.store import Store, write_atomically
 from minemap.training.chips import CHIPS_MARK, IGNORE, is_chips
 
@@ -261,14 +262,15 @@ def make_chips(
     start, how, o = time.monotonic(), rule or ChipRule(), Options.named(options)
     target = _target(out, overwrite=o.overwrite)
     when, where = parse_period(date), source(o.stac, o.collection)
+    sensor = sensor_at(where)
     ground = read_ground(polygons, layer, how.min_area)
-    mines = mine_places(ground, how.size, RESOLUTION)
+    mines = mine_places(ground, how.size, sensor.resolution)
     if not mines:
-        raise InputError(f"polygons {polygons} hold no centre of a pixel of {RESOLUTION:g} m")
+        raise InputError(f"polygons {polygons} hold no centre of a pixel of {sensor.resolution:g} m")
     places = mines + empty_places(mines, ground, how)
     target.path.parent.mkdir(parents=True, exist_ok=True)
     with target.locked():
-        parameters = _parameters(polygons, layer, when, where, how, o)
+        parameters = _parameters(polygons, layer, when, where, sensor, how, o)
         _begin(target, parameters, overwrite=o.overwrite)
         _freeze(target, places, where, when, o)
         reading = Reading(target, when, BANDS, _composite_rule(o), Access.of(where), o.reader)
@@ -301,7 +303,7 @@ def _composite_rule(o: Options) -> Rule:
 
 
 def _parameters(
-    polygons: str | Path, layer: str | None, when: Period, where: Source, how: ChipRule, o: Options
+    polygons: str | Path, layer: str | None, when: Period, where: Source, sensor: Sensor, how: ChipRule, o: Options
 ) -> dict[str, Any]:
     """What identifies a set of chips."""
     return {
@@ -315,7 +317,8 @@ def _parameters(
         "months": list(parse_months(o.months)),
         "composite": _composite_rule(o).as_dict(),
         "reader": o.reader,
-        "resolution": RESOLUTION,
+        "sensor": sensor.name,
+        "resolution": sensor.resolution,
         **asdict(how),
     }
 
@@ -344,17 +347,17 @@ def _discard(target: Store) -> None:
 
 def _freeze(target: Store, places: list[Grid], where: Source, when: Period, o: Options) -> None:
     """Chooses the scenes of every cell, as a map would, unless an earlier run has."""
-    cells = {(p.epsg, p.cell) for p in places}
+    resolution, cells = places[0].resolution, {(p.epsg, p.cell) for p in places}
     open_cells = sorted(c for c in cells if target.read_cell(f"utm{c[0]}", c[1], when) is None)
     known = _found((-180.0, -90.0, 180.0, 90.0), where, when, o) if where.is_file and open_cells else None
     blind, empty = set(), None
     for epsg, cell in open_cells:
-        area = cell_grid(epsg, cell)
+        area = cell_grid(epsg, cell, resolution)
         try:
             scenes = known or _found(search_area(area), where, when, o)
         except NoItemsError as error:
             scenes, empty = Scenes([], o.max_scenes), error
-        chosen = scenes.choose(epsg, cell)
+        chosen = scenes.choose(epsg, cell, resolution)
         items = [item for acquisition in chosen for item in acquisition.items]
         blind |= {item["id"] for item in items if asset_key(item, SCL) is None}
         target.keep_items([with_decision(item) for item in items])
@@ -362,7 +365,7 @@ def _freeze(target: Store, places: list[Grid], where: Source, when: Period, o: O
     if empty is not None:
         warnings.warn(f"some chips stay unobserved: {empty}", stacklevel=2)
     if blind:
-        warnings.warn(f"{len(blind)} items have no SCL: their clouds are not masked", stacklevel=2)
+        warnings.warn(f"{len(blind)} items have no quality layer: their clouds are not masked", stacklevel=2)
 
 
 def _found(bbox: BBox, where: Source, when: Period, o: Options) -> Scenes:
