@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 import rasterio
@@ -31,6 +31,7 @@ from .sentinel2 import NODATA
 
 DRIVERS = ["GTiff", "JP2OpenJPEG"]  # a VRT can make GDAL open anything else, so none but these
 ATTEMPTS = 5
+TOKEN_RETRIES = 3
 PAUSE = 0.25  # seconds before the second attempt, doubled each time
 TOLERANCE = 1e-12  # pixels; 0 crashes GDAL
 ALLOW_VARIABLE = "MINEMAP_ALLOW_HOSTS"
@@ -145,6 +146,8 @@ def _attempted(href: str, access: Access, read: Callable[[Any], np.ndarray]) -> 
                 return read(source)
         except (RasterioError, OSError) as error:
             problem = error
+            if address != href:
+                _forget_tokens()
     raise ReadError(f"asset {href!r} can't be read: {str(problem).splitlines()[0]}") from problem
 
 
@@ -152,9 +155,27 @@ def signed(href: str, access: Access) -> str:
     """`href` with a Planetary Computer token, where the source asks for that."""
     if not access.sign or not (urlsplit(href).hostname or "").endswith(SIGNED_HOSTS):
         return href
-    import planetary_computer
+    from planetary_computer.sas import get_token
 
-    return planetary_computer.sign_url(href)
+    parts = urlsplit(href)
+    if {"st", "se", "sp"} & set(parse_qs(parts.query)):  # signed by whoever made the item
+        return href
+    account, container = str(parts.hostname).partition(".")[0], parts.path.split("/")[1]
+    try:
+        return get_token(account, container, retry_total=TOKEN_RETRIES).sign(href).href
+    except (OSError, ValueError) as error:  # requests' and pydantic's
+        reason = str(error).strip().splitlines()[0]
+        raise ReadError(f"asset {href!r}: the Planetary Computer gave no token for it: {reason[:200]}") from error
+
+
+def _forget_tokens() -> None:
+    """A token may have been refused before its time.
+
+    HACK: planetary_computer offers no way to drop one that it still believes in.
+    """
+    from planetary_computer import sas
+
+    sas.TOKEN_CACHE.clear()
 
 
 def _open(href: str) -> rasterio.DatasetReader:

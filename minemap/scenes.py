@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import calendar
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ SOURCES = {
     "earth-search": "https://earth-search.aws.element84.com/v1",
     "planetary-computer": "https://planetarycomputer.microsoft.com/api/stac/v1",
 }
+PLANETARY_COMPUTER = "MINEMAP_PLANETARY_COMPUTER"  # variable: the STAC root of another instance of it
 COLLECTION = "sentinel-2-l2a"
 PAGE = 100  # items a page; larger answers exceed what Earth Search sends
 TIMEOUT = (5, 30)  # seconds to connect, to read
@@ -109,14 +111,15 @@ class Source:
     @property
     def signed(self) -> bool:
         """Whether assets are opened with the Planetary Computer's tokens."""
-        return self.url.startswith(SOURCES["planetary-computer"])
+        return self.name == "planetary-computer" or self.url.startswith(SOURCES["planetary-computer"])
 
 
 def source(name: str | Path = "earth-search", collection: str | None = None) -> Source:
     """A known source's name, the URL of a STAC API, or the path of an item file."""
     name = str(name)
     if name in SOURCES:
-        return Source(name, SOURCES[name], collection or COLLECTION)
+        other = os.environ.get(PLANETARY_COMPUTER) if name == "planetary-computer" else None
+        return Source(name, other or SOURCES[name], collection or COLLECTION)
     if urlsplit(name).scheme in ("http", "https"):
         return Source(name, name, collection or COLLECTION)
     if Path(name).is_file():

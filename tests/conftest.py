@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import socket
 import subprocess
+import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
@@ -135,6 +141,37 @@ def serve() -> Iterator[Callable[..., str]]:
     for server in servers:
         server.shutdown()
         server.server_close()
+
+
+@contextmanager
+def stac_api(catalogue: Path) -> Iterator[str]:
+    """The address of a real STAC API (rustac) over an ItemCollection."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    program = shutil.which("rustac", path=str(Path(sys.executable).parent)) or "rustac"
+    options = ["--use-duckdb", "false", "--create-collections", "--addr", f"127.0.0.1:{port}"]
+    words = [program, "serve", *options, str(catalogue)]
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        address = f"http://127.0.0.1:{port}"
+        for _ in range(100):
+            try:
+                urlopen(address, timeout=1).close()
+                break
+            except OSError:
+                time.sleep(0.1)
+        yield address
+        server.terminate()
+
+
+def served_catalogue(path: Path, items: Path, address: str) -> Path:
+    """A copy of a scene's item file whose assets are at an address."""
+    catalogue = json.loads(items.read_text())
+    for found in catalogue["features"]:
+        for asset in found["assets"].values():
+            asset["href"] = f"{address}/{asset['href'].removeprefix('./')}"
+    path.write_text(json.dumps(catalogue))
+    return path
 
 
 def item(

@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import json
-import shutil
-import socket
-import subprocess
-import sys
-import time
-from pathlib import Path
-from urllib.request import urlopen
 
 import numpy as np
 import pytest
 import xarray as xr
+from conftest import served_catalogue, stac_api
 
 from minemap import map_area
 from minemap.errors import NoItemsError
@@ -23,37 +17,9 @@ from minemap.scenes import search
 @pytest.fixture
 def api(scene, serve, tmp_path):
     """The address of a STAC API over the synthetic scene."""
-    files = serve(scene.items.parent)
-    catalogue = json.loads(scene.items.read_text())
-    for found in catalogue["features"]:
-        for asset in found["assets"].values():
-            asset["href"] = f"{files}/{asset['href'].removeprefix('./')}"
-    path = tmp_path / "catalogue.json"
-    path.write_text(json.dumps(catalogue))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    program = shutil.which("rustac", path=str(Path(sys.executable).parent)) or "rustac"
-    words = [
-        program,
-        "serve",
-        "--use-duckdb",
-        "false",
-        "--create-collections",
-        "--addr",
-        f"127.0.0.1:{port}",
-        str(path),
-    ]
-    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
-        address = f"http://127.0.0.1:{port}"
-        for _ in range(100):
-            try:
-                urlopen(address, timeout=1).close()
-                break
-            except OSError:
-                time.sleep(0.1)
+    catalogue = served_catalogue(tmp_path / "catalogue.json", scene.items, serve(scene.items.parent))
+    with stac_api(catalogue) as address:
         yield address
-        server.terminate()
 
 
 def test_map_from_a_stac_api(api, scene, model, minemap, tmp_path):
