@@ -18,7 +18,7 @@ from rasterio.enums import Resampling
 
 from .errors import InputError
 from .grid import CHUNK, Grid, crs_wkt
-from .reader import GDAL_OPTIONS, Access, ExactReader, signed
+from .reader import GDAL_OPTIONS, Access, ExactReader, address_of
 from .scenes import acquisition_id, moment
 from .sensors import asset_key, one_sensor, scaling
 from .sentinel2 import BANDS, NODATA, SCALE, SCL, Item, Scaling
@@ -194,7 +194,7 @@ def _odc(
         parsed = [pystac.Item.from_dict(item) for item in items]
     loaded = odc.stac.load(
         parsed,
-        patch_url=partial(signed, access=access),
+        patch_url=partial(address_of, access=access),
         bands=[band for band in bands if any(band in item["assets"] for item in items)],
         geobox=GeoBox(grid.shape, grid.transform, f"EPSG:{grid.epsg}"),
         groupby="id",

@@ -14,8 +14,9 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, urljoin, urlsplit
 
 import numpy as np
 import rasterio
@@ -32,6 +33,8 @@ from .sentinel2 import NODATA
 DRIVERS = ["GTiff", "JP2OpenJPEG"]  # a VRT can make GDAL open anything else, so none but these
 ATTEMPTS = 5
 TOKEN_RETRIES = 3
+REDIRECTS = 5
+HEAD_SECONDS = (5, 30)  # to connect, to answer
 PAUSE = 0.25  # seconds before the second attempt, doubled each time
 TOLERANCE = 1e-12  # pixels; 0 crashes GDAL
 ALLOW_VARIABLE = "MINEMAP_ALLOW_HOSTS"
@@ -134,10 +137,11 @@ def _attempted(href: str, access: Access, read: Callable[[Any], np.ndarray]) -> 
     for attempt in range(ATTEMPTS if "://" in href else 1):
         if attempt:
             time.sleep(PAUSE * 2**attempt)
-        address = signed(href, access)
-        # GDAL keeps what it has read of an address, failures too: look afresh the second time
-        fresh = {"CPL_VSIL_CURL_NON_CACHED": f"/vsicurl/{address}"} if attempt else {}
+        address = href
         try:
+            address = address_of(href, access)
+            # GDAL keeps what it has read of an address, failures too: look afresh the second time
+            fresh = {"CPL_VSIL_CURL_NON_CACHED": f"/vsicurl/{address}"} if attempt else {}
             with rasterio.Env(**GDAL_OPTIONS, **fresh), _open(address) as source:
                 if source.count != 1:
                     raise RasterioIOError(f"has {source.count} bands, 1 is expected")
@@ -149,6 +153,27 @@ def _attempted(href: str, access: Access, read: Callable[[Any], np.ndarray]) -> 
             if address != href:
                 _forget_tokens()
     raise ReadError(f"asset {href!r} can't be read: {str(problem).splitlines()[0]}") from problem
+
+
+def address_of(href: str, access: Access) -> str:
+    """What to open for an href that `Access.check` has let through: signed, and where redirects lead."""
+    host = urlsplit(href).hostname or ""
+    trusted = access.hosts is None or host.endswith(KNOWN_HOSTS)  # large providers send nobody elsewhere
+    return signed(href, access) if trusted or "://" not in href else _followed(href, access)
+
+
+@lru_cache(maxsize=4096)
+def _followed(href: str, access: Access) -> str:
+    """The end of an address's redirects, each of which must be allowed. GDAL would follow them anywhere."""
+    import requests
+
+    for _ in range(REDIRECTS):
+        answer = requests.head(href, allow_redirects=False, timeout=HEAD_SECONDS)
+        if not answer.is_redirect:
+            return href
+        href = urljoin(href, answer.headers["Location"])
+        access.check(href)
+    raise ReadError(f"asset {href!r}: more than {REDIRECTS} redirects")
 
 
 def signed(href: str, access: Access) -> str:

@@ -157,6 +157,34 @@ def test_known_hosts_and_the_catalogues_own_are_allowed(monkeypatch):
     Access.of(source("https://stac.example.org/v1")).check("https://tiles.example.net/x.tif")
 
 
+def test_redirects_must_stay_among_the_allowed_hosts(tmp_path, serve):
+    write_tif(tmp_path / "real.tif", np.full((8, 8), 7, np.uint16), 32620, Affine(10, 0, 0, 0, -10, 0))
+    files = serve(tmp_path)
+
+    class Elsewhere(RangeHandler):
+        def faults(self) -> bool:  # type: ignore[override]
+            target = files.replace("127.0.0.1", "localhost") if self.path == "/out.tif" else files
+            leads = {
+                "/out.tif": f"{target}/real.tif",
+                "/in.tif": f"{files}/real.tif",
+                "/file.tif": "file:///etc/passwd",
+            }
+            self.send_response(302)
+            self.send_header("Location", leads.get(self.path, "/round.tif"))
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return True
+
+    address, access = serve(tmp_path, Elsewhere), Access(local=False, hosts=("127.0.0.1",))
+    assert read_overview(f"{address}/in.tif", access).max() == 7
+    with pytest.raises(ReadError, match="host localhost is not allowed"):
+        read_overview(f"{address}/out.tif", access)
+    with pytest.raises(ReadError, match=r"only http\(s\), s3 and plain paths"):
+        read_overview(f"{address}/file.tif", access)
+    with pytest.raises(ReadError, match="more than 5 redirects"):
+        read_overview(f"{address}/round.tif", access)
+
+
 def test_a_vrt_dressed_as_tif_is_not_opened(tmp_path):
     secret = write_tif(tmp_path / "secret.tif", np.full((8, 8), 7, np.uint16), 32620, Affine(10, 0, 0, 0, -10, 0))
     dressed = tmp_path / "dressed.tif"
