@@ -309,7 +309,8 @@ def _areas(path: str | Path, periods: list[Period], frame: Frame, limit: float) 
     for period in map(str, periods):
         numbers = {n: _number(computed.at[period, n]) for n in names}
         seen = max(t["observed_fraction"].to_dict()[period] for t in (computed, framed))
-        out.append({**numbers, "observed_fraction": round(seen, 4), "poor": seen < POOR})
+        beyond = bool(computed["extrapolated"].to_dict()[period])
+        out.append({**numbers, "observed_fraction": round(seen, 4), "poor": seen < POOR, "extrapolated": beyond})
     return out
 
 
@@ -347,7 +348,8 @@ def _origin(store: Store, about: dict[str, Any], periods: list[Period], limit: f
 
 
 def _name(period: Period) -> str:
-    """A whole year as the year, anything else as start/end."""
-    year = period.start.year
-    whole = (str(period.start), str(period.end)) == (f"{year}-01-01", f"{year}-12-31")
-    return str(year) if whole else str(period)
+    """Whole years as the year or years, anything else as start/end."""
+    first, last = period.start.year, period.end.year
+    if (str(period.start), str(period.end)) != (f"{first}-01-01", f"{last}-12-31"):
+        return str(period)
+    return str(first) if first == last else f"{first}-{last}"

@@ -7,6 +7,7 @@ import io
 import json
 import re
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from PIL import Image
 from scipy import ndimage
 
 from minemap.areas import area_table
+from minemap.checkpoint import load_model
 from minemap.errors import InputError
 from minemap.grid import CELL, Grid, grids
 from minemap.page import POLYGONS, SHAPE_BYTES, export_page
@@ -118,6 +120,22 @@ def test_thousands_of_polygons_fit(tmp_path):
     assert sorted(p["km2"] for p in data["polygons"][0])[0] > 0
     coarse = data_of(export_page(path, tmp_path / "map.html", min_area=0.3))
     assert 0 < coarse["counts"][0] < data["counts"][0] and coarse["areas"] == data["areas"]
+
+
+def test_an_estimate_has_whiskers(opened, tmp_path):
+    """A model whose errors were measured gives an estimated area with bounds."""
+    grid = Grid(32620, 25 * float(CELL), 34 * float(CELL), 512, 512)
+    percent = np.full(grid.shape, 3, np.uint8)
+    percent[200:300, 200:300] = 90
+    recipe = json.loads(json.dumps(asdict(load_model("south-america-2026").recipe)))
+    path = painted(tmp_path / "map.zarr", {grid: {"2022/2023": percent}}, recipe=recipe)
+    (row,) = data_of(export_page(path, tmp_path / "m.html"))["areas"]
+    assert row["area_km2_lower"] < row["area_km2"] < row["area_km2_upper"]
+    open_page, _, wrong = opened
+    tab = open_page(tmp_path / "m.html")
+    assert tab.title() == "Mining footprint 2022-2023" and wrong == []
+    assert "Estimated area" in tab.locator("#warn").inner_text()
+    assert "Whiskers" in tab.locator("#chart").inner_text()
 
 
 def test_bad_input(made, minemap, tmp_path):
