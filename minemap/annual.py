@@ -188,13 +188,14 @@ def write_table(frame: pd.DataFrame, path: Path) -> None:
 
 
 def draw_chart(frame: pd.DataFrame, path: Path, store: Store) -> None:
-    """Mapped area by year, a panel a site, with the estimate's bounds; poorly observed years hollow and unjoined."""
+    """Mapped area by year, a panel a site, with the estimate's bounds; poorly observed years are hollow, unjoined and
+    without bounds: what they show is no loss."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    largest = frame.groupby("site", sort=False)["mapped_area_km2"].max().nlargest(PANELS)
+    largest = frame.groupby("site", sort=False)["mapped_area_km2"].max().fillna(-1).nlargest(PANELS)
     names = [name for name in frame["site"].unique() if name in largest.index]
     columns = min(3, len(names))
     rows = -(-len(names) // columns)
@@ -205,8 +206,10 @@ def draw_chart(frame: pd.DataFrame, path: Path, store: Store) -> None:
         _panel(axis, frame[frame["site"] == name], str(name))
     for axis in axes.flat[len(names) :]:
         axis.set_axis_off()
-    handles, labels = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    shown: dict[str, Any] = {}
+    for axis in axes.flat:
+        shown |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+    figure.legend(list(shown.values()), list(shown), loc="outside lower center", ncols=4, frameon=False)
     model, of = store.attributes()["model"], frame["site"].nunique()
     figure.suptitle(f"Mine area by year, model {model}" + (f" ({len(names)} of {of} sites)" if of > PANELS else ""))
     draft = path.with_name(f".{path.name}.draft.png")
@@ -220,9 +223,14 @@ def draw_chart(frame: pd.DataFrame, path: Path, store: Store) -> None:
 
 def _panel(axis: Any, rows: pd.DataFrame, name: str) -> None:
     year, mapped, poor = rows["year"], rows["mapped_area_km2"], rows["poorly_observed"]
-    axis.fill_between(
-        year, rows["area_km2_lower"], rows["area_km2_upper"], alpha=0.2, color="tab:blue", label="estimate, 90 %"
-    )
+    beyond = rows["extrapolated"]
+    for kind, colour, word in ((~beyond, "tab:blue", ""), (beyond, "silver", ", extrapolated")):
+        known = rows[kind & ~poor & rows["area_km2"].notna()]
+        middle, low, high = (known[name] for name in ("area_km2", "area_km2_lower", "area_km2_upper"))
+        if len(known):
+            label = f"estimate, 90 %{word}"
+            away = [(middle - low).clip(lower=0), (high - middle).clip(lower=0)]
+            axis.errorbar(known["year"], middle, away, fmt="_", capsize=4, color=colour, label=label)
     axis.plot(year, mapped.where(~poor), "o-", color="tab:red", label="mapped")
     axis.plot(year[poor], mapped[poor], "o", mfc="white", color="tab:red", label="mapped, poorly observed")
     axis.set(title=name, ylabel="km²")

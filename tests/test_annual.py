@@ -15,7 +15,7 @@ from shapely.geometry import Point, box
 
 import minemap as package
 from minemap import series
-from minemap.annual import parse_years
+from minemap.annual import draw_chart, parse_years
 from minemap.areas import area_table, computed_tiles, first_year, read_periods, sorted_periods
 from minemap.demo import DemoConfig, make_demo
 from minemap.errors import InputError, NoItemsError, StoreError
@@ -136,6 +136,10 @@ def test_table_and_chart(mapped):
     pd.testing.assert_frame_equal(table, frame, check_exact=False, atol=1e-6, rtol=0)
     assert matplotlib.image.imread(folder / "areas.png").std() > 0.05
     assert not list(folder.glob(".*draft*"))
+    rich = frame.assign(area_km2=1.0, area_km2_lower=0.5, area_km2_upper=1.5, extrapolated=frame["year"] > 2020)
+    for some in (rich, frame.assign(mapped_area_km2=np.nan, poorly_observed=True)):  # bounds; nothing seen at all
+        draw_chart(some, folder / "other.png", Store(folder / "map.zarr"))
+        assert matplotlib.image.imread(folder / "other.png").std() > 0.05
 
 
 def test_consistency_is_kept_beside(mapped, land, options):
