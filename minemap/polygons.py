@@ -24,7 +24,7 @@ from pyproj import Geod, Transformer
 
 from .areas import read_periods
 from .errors import InputError
-from .grid import RESOLUTION, Grid, continuous_lonlat, zone_box
+from .grid import Grid, continuous_lonlat, zone_box
 from .inference import NOT_OBSERVED, mine_from
 from .scenes import Period, parse_period
 from .store import Store
@@ -35,8 +35,7 @@ if TYPE_CHECKING:
 HECTARES = 100.0  # in a km²
 FIRST_SHARE = 0.1  # of a footprint's pixels, mined by the year that counts as its first
 LONGEST = 1000.0  # metres of a straight edge; a longer one gets points, since it bends in degrees
-REACH = RESOLUTION  # metres; footprints of two zones this close at the zones' edge are one
-STRIP = 0.75 * RESOLUTION  # metres on each side of that edge where pixels of two zones can leave gaps
+STRIP = 0.75  # pixels on each side of the edge of two zones where their pixels can leave gaps
 GEOD = Geod(ellps="WGS84")
 
 
@@ -89,7 +88,7 @@ def polygons(
         columns["first_year"] = _first_year(found.years, years)
     outline = found.geometry
     if smooth:
-        outline = np.array([_smoothed(one) for one in outline], object)
+        outline = np.array([_smoothed(one, side) for one, side in zip(outline, found.side, strict=True)], object)
         columns["outline_km2"] = _areas(outline, found.epsg)
     return geopandas.GeoDataFrame(columns, geometry=within_180(_in_degrees(outline, found.epsg)), crs=4326)
 
@@ -137,12 +136,14 @@ def _years(store: Store, until: Period) -> list[int]:
 class _Footprints:
     """Arrays with an entry a footprint.
 
-    geometry: polygons in metres of zone `epsg`. pixels: their number. percent: the sum over them. open: whether one
-    lies beside a pixel that is not observed. years: pixels by the first of the years they were mined in, (n, years).
+    geometry: polygons in metres of zone `epsg`, on pixels of `side` metres. pixels: their number. percent: the sum
+    over them. open: whether one lies beside a pixel that is not observed. years: pixels by the first of the years
+    they were mined in, (n, years).
     """
 
     geometry: np.ndarray
     epsg: np.ndarray
+    side: np.ndarray
     pixels: np.ndarray
     percent: np.ndarray
     open: np.ndarray
@@ -158,7 +159,8 @@ class _Footprints:
     @staticmethod
     def none(years: int) -> _Footprints:
         whole, real = np.zeros(0, np.int64), np.zeros(0)
-        return _Footprints(np.zeros(0, object), whole, whole, real, np.zeros(0, bool), np.zeros((0, years), np.int64))
+        by_year = np.zeros((0, years), np.int64)
+        return _Footprints(np.zeros(0, object), whole, real, whole, real, np.zeros(0, bool), by_year)
 
     def grouped(self, pairs: np.ndarray) -> _Footprints:
         """Footprints that `pairs` (n, 2) of indices connect as one, in the place of the first; int (n, 2)."""
@@ -181,7 +183,8 @@ class _Footprints:
         members = np.split(np.argsort(group, kind="stable"), np.cumsum(np.bincount(group))[:-1])
         for one in np.flatnonzero(np.bincount(group) > 1):
             geometry[one] = _union(self.take(members[one]))
-        return _Footprints(geometry, self.epsg[first], sums["pixels"], sums["percent"], beside, sums["years"])
+        place = geometry, self.epsg[first], self.side[first]
+        return _Footprints(*place, sums["pixels"], sums["percent"], beside, sums["years"])
 
 
 def _union(parts: _Footprints) -> shapely.Geometry:
@@ -191,8 +194,9 @@ def _union(parts: _Footprints) -> shapely.Geometry:
     whole = shapely.union_all(shapes)
     if len(set(parts.epsg.tolist())) == 1:
         return whole.simplify(0)  # points on straight edges, where a seam was
-    wide = whole.buffer(REACH, join_style="mitre")
-    return whole.union(wide.buffer(-REACH, join_style="mitre").intersection(_zone_edges(whole, first).buffer(STRIP)))
+    side = float(parts.side[0])
+    closed = whole.buffer(side, join_style="mitre").buffer(-side, join_style="mitre")
+    return whole.union(closed.intersection(_zone_edges(whole, first).buffer(STRIP * side)))
 
 
 def _all_zones(store: Store, period: Period, limit: int, years: list[int]) -> _Footprints:
@@ -255,6 +259,7 @@ def _outlined(
     found = _Footprints(
         geometry,
         np.full(number, tile.epsg, np.int64),
+        np.full(number, tile.resolution),
         np.bincount(of_mine, minlength=number + 1)[1:],
         np.bincount(of_mine, percent[mine], minlength=number + 1)[1:],
         np.bincount(beside, minlength=number + 1)[1:] > 0,
@@ -306,7 +311,7 @@ def _across_zones(found: _Footprints) -> np.ndarray:
     for one, other in combinations(near, 2):
         tree = shapely.STRtree(found.geometry[near[one]])
         projected = np.array([_projected(found.geometry[i], other, one) for i in near[other]], object)
-        theirs, ours = tree.query(projected, predicate="dwithin", distance=REACH)
+        theirs, ours = tree.query(projected, predicate="dwithin", distance=found.side.max(initial=0.0))
         pairs.append(np.stack([near[one][ours], near[other][theirs]], axis=1))
     return np.concatenate(pairs)
 
@@ -317,7 +322,7 @@ def _near_edge(found: _Footprints, epsg: int) -> np.ndarray:
     if not own.size:
         return own
     edges = _zone_edges(shapely.box(*shapely.total_bounds(found.geometry[own])), epsg)
-    return own[shapely.dwithin(found.geometry[own], edges, 2 * RESOLUTION)]
+    return own[shapely.dwithin(found.geometry[own], edges, 2 * found.side[own])]
 
 
 def _zone_edges(near: shapely.Geometry, epsg: int) -> shapely.Geometry:
@@ -382,24 +387,25 @@ def _first_year(by_year: np.ndarray, years: list[int]) -> np.ndarray:
     return np.asarray(years)[reached.argmax(axis=1)]
 
 
-def _smoothed(shape: shapely.Geometry) -> shapely.Geometry:
+def _smoothed(shape: shapely.Geometry, side: float) -> shapely.Geometry:
     """Corners cut by half a pixel, and the new ones by a quarter of their edges (Chaikin 1974).
 
-    Steps of one pixel become straight lines. The first cut takes 12.5 m² off a corner or adds as much, and a ring has
-    four more corners of the one kind than of the other: every outline loses 50 m² (half a pixel) whatever its size,
-    and so does every hole; the second cut changes little. Cuts never cross: polygons that were apart stay apart.
+    Steps of one pixel of `side` metres become straight lines. The first cut takes an eighth of a pixel off a corner
+    or adds as much, and a ring has four more corners of the one kind than of the other: every outline loses half a
+    pixel (50 m² at 10 m) whatever its size, and so does every hole; the second cut changes little. Cuts never cross:
+    polygons that were apart stay apart.
     """
     rings = shapely.get_parts(shape)
     out = []
     for polygon in rings:
-        exterior, *holes = (_rounded(np.asarray(r.coords)) for r in (polygon.exterior, *polygon.interiors))
+        exterior, *holes = (_rounded(np.asarray(r.coords), side) for r in (polygon.exterior, *polygon.interiors))
         out.append(shapely.Polygon(exterior, holes))
     return out[0] if len(out) == 1 else shapely.MultiPolygon(out)
 
 
-def _rounded(ring: np.ndarray) -> np.ndarray:
-    once = shapely.LinearRing(_cut_corners(ring, 0.5, RESOLUTION / 2)).simplify(0.01)
-    return _cut_corners(np.asarray(once.coords), 0.25, RESOLUTION / 4)
+def _rounded(ring: np.ndarray, side: float) -> np.ndarray:
+    once = shapely.LinearRing(_cut_corners(ring, 0.5, side / 2)).simplify(0.01)
+    return _cut_corners(np.asarray(once.coords), 0.25, side / 4)
 
 
 def _cut_corners(ring: np.ndarray, share: float, most: float) -> np.ndarray:

@@ -65,7 +65,7 @@ def describe(
         "end_datetime": f"{period.end}T23:59:59Z",
         "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "processing:software": {"minemap": __version__},
-        "processing:lineage": "Sentinel-2 L2A, median of clear looks, semantic segmentation of 256-px windows",
+        "processing:lineage": "median of clear looks at surface reflectance, semantic segmentation of 256-px windows",
         "minemap:model_sha256": attributes["model_sha256"],
         "minemap:parameters_hash": attributes["parameters_hash"],
         "minemap:items": len(used),

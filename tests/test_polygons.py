@@ -155,12 +155,15 @@ def test_first_year_is_when_a_tenth_was_mined(tmp_path):
     assert (polygons(path, date="2020")["start"] == "2020-01-01").all()
 
 
-@pytest.mark.parametrize(("lon", "lat", "zones"), [(-66.0, 6.25, 2), (180.0, -16.5, 2), (-66.0, 0.0, 4)])
-def test_a_disc_across_zones_is_one_polygon(lon, lat, zones, tmp_path):
+@pytest.mark.parametrize(
+    ("lon", "lat", "zones", "side"),
+    [(-66.0, 6.25, 2, 10), (180.0, -16.5, 2, 10), (-66.0, 0.0, 4, 10), (-66, 6, 2, 30)],
+)
+def test_a_disc_across_zones_is_one_polygon(lon, lat, zones, side, tmp_path):
     """A disc of 1 km around a point on the edge of zones, drawn in each zone's own pixels."""
     box = (lon - 0.03 if lon < 180 else 179.97, lat - 0.03, lon + 0.03 if lon < 180 else -179.97, lat + 0.03)
     drawn = {}
-    for grid in grids(box, 512):
+    for grid in grids(box, 512, resolution=side):
         own = Transformer.from_crs(4326, grid.epsg, always_xy=True).transform(lon, lat)
         distance = np.hypot(grid.y[:, None] - own[1], grid.x[None, :] - own[0])
         drawn[grid] = {"2023": np.where(grid.owned(), np.where(distance < 1000, 90, 3), 255).astype(np.uint8)}
