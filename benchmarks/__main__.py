@@ -8,7 +8,7 @@ import platform
 import sys
 from pathlib import Path
 
-from .measure import BENCHMARKS
+from .measure import BENCHMARKS, LONG
 
 
 def machine() -> str:
@@ -25,10 +25,9 @@ def machine() -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks")
-    parser.add_argument(
-        "names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}; all when none is given"
-    )
-    names = parser.parse_args().names or list(BENCHMARKS)
+    known = f"of {', '.join(BENCHMARKS)}; all but {' and '.join(LONG)} when none is given"
+    parser.add_argument("names", nargs="*", metavar="NAME", help=known)
+    names = parser.parse_args().names or [name for name in BENCHMARKS if name not in LONG]
     unknown = set(names) - set(BENCHMARKS)
     if unknown:
         parser.error(f"no benchmark {', '.join(sorted(unknown))}")

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import pickle
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -37,31 +37,50 @@ def _image(windows: int = 4) -> np.ndarray:
     return np.random.default_rng(0).uniform(0.01, 0.4, (6, side, side)).astype(np.float32)
 
 
-def predict_against_bare() -> Iterator[str]:
-    """probability() against the bare network loop at its best setting, same 320-px windows (at least 0.90)."""
+def _against_bare(device: str, batches: tuple[int, ...], windows: int) -> Iterator[str]:
+    """probability() against the network called in a plain loop over windows that are in the device's memory."""
     import torch
 
     from minemap.checkpoint import load_model
     from minemap.inference import Settings, layout, probability
 
-    model, settings, image = load_model(), Settings.for_machine(), _image()
-    network = model.network().to(memory_format=torch.channels_last)
-    cut = layout(model)
-    stack = np.stack([cut.cut(image, core) for core in cut.cores((1024, 1024))])
-    tensors = torch.from_numpy(model.recipe.normalise(stack))
+    model, image = load_model(), _image(windows)
+    settings = Settings("bf16") if device == "cuda" else Settings.for_machine()
+    network = model.network().to(device).to(memory_format=torch.channels_last)
+    cut, side = layout(model), 256 * windows
+    stack = np.stack([cut.cut(image, core) for core in cut.cores((side, side))])
+    tensors = torch.from_numpy(model.recipe.normalise(stack)).to(device)
 
-    def bare(batch: int, threads: int) -> None:
-        torch.set_num_threads(threads)
-        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=settings.precision == "bf16"):
+    def bare(batch: int) -> None:
+        torch.set_num_threads(settings.streams)
+        with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=settings.precision == "bf16"):
             for start in range(0, len(tensors), batch):
-                network(tensors[start : start + batch].contiguous(memory_format=torch.channels_last))
+                answer = network(tensors[start : start + batch].contiguous(memory_format=torch.channels_last))
+            answer.float().cpu()  # waits for the device
 
-    threads = settings.streams
-    ours, four, eight = alternating(
-        lambda: probability(image, model, settings), lambda: bare(4, threads), lambda: bare(8, threads)
-    )
-    best = min(four, eight)
-    yield f"ours {ours / 16 * 1e3:.0f} ms a window, bare {best / 16 * 1e3:.0f} ms: ratio {best / ours:.2f}"
+    def loop(batch: int) -> Callable[[], None]:
+        return lambda: bare(batch)
+
+    ours, *theirs = alternating(lambda: probability(image, model, settings), *(loop(b) for b in batches))
+    best, count = min(theirs), windows**2
+    yield f"ours {ours / count * 1e3:.1f} ms a window, bare {best / count * 1e3:.1f} ms: ratio {best / ours:.2f}"
+    yield f"{count / ours:.0f} against {count / best:.0f} windows a second"
+
+
+def predict_against_bare() -> Iterator[str]:
+    """probability() against the bare network loop at its best setting, same 320-px windows (at least 0.90)."""
+    yield from _against_bare("cpu", (4, 8), 4)
+
+
+def gpu() -> Iterator[str]:
+    """The same on a GPU (at least 0.85)."""
+    import torch
+
+    if not torch.cuda.is_available():
+        yield "there is no GPU here: not measured"
+        return
+    yield torch.cuda.get_device_name()
+    yield from _against_bare("cuda", (32, 64), 16)
 
 
 def predict_against_naive() -> Iterator[str]:
@@ -113,7 +132,7 @@ def whole_map_against_stages() -> Iterator[str]:
         store = Store(folder / "a.zarr")
         job = mapping._job(plan, store, mapping._prepare(plan, store), 1)
         probability(_image(), load_model(), job.settings)  # weights loaded, kernels chosen
-        whole = cpu(lambda: mapping._run(plan.work, job, None, None))
+        whole = cpu(lambda: mapping.run_tiles(plan.work, job, None, None))
         images: list[tuple[np.ndarray, np.ndarray]] = []
         read = cpu(lambda: images.extend(mapping._image(w.inner, job)[:2] for w in plan.work))
         answers: list[np.ndarray] = []
@@ -141,56 +160,148 @@ def _peak(items: Path, bbox: list[float], out: Path, chunk: int) -> float:
     return int(done.stdout.split()[-1]) / 1024
 
 
-def memory() -> Iterator[str]:
-    """Peak memory of a process against area (1, 4, 16 super-tiles of 512 px) and dates (6, 24)."""
+def _memory(chunk: int, side: int, cases: tuple[tuple[int, tuple[int, ...]], ...]) -> Iterator[str]:
+    """Peaks for (dates, numbers of super-tiles) in a scene of side × side super-tiles."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for dates, areas in ((6, (1, 4, 16)), (24, (16,))):
-            items = _scene(folder / f"scene{dates}", 2048, dates)
+        for dates, areas in cases:
+            items = _scene(folder / f"scene{dates}", chunk * side, dates)
             west, south, east, north = json.loads((folder / f"scene{dates}" / "bbox.json").read_text())
             for tiles in areas:
-                share = (tiles / 16) ** 0.5 * 0.9
+                share = tiles**0.5 / side * 0.9
                 middle = ((west + east) / 2, (south + north) / 2)
                 half = ((east - west) / 2 * share, (north - south) / 2 * share)
                 bbox = [middle[0] - half[0], middle[1] - half[1], middle[0] + half[0], middle[1] + half[1]]
-                peak = _peak(items, bbox, folder / f"{dates}-{tiles}.zarr", 512)
-                yield f"{dates} dates, about {tiles} super-tiles: {peak:.0f} MiB"
+                peak = _peak(items, bbox, folder / f"{dates}-{tiles}.zarr", chunk)
+                yield f"{dates} dates, about {tiles} super-tiles of {chunk} px: {peak:.0f} MiB"
 
 
-def scheduler() -> Iterator[str]:
-    """Tasks and pickled bytes a super-tile of the graph of 10,000 (at most 5 and 50 kB)."""
+def memory() -> Iterator[str]:
+    """Peak memory of a process against area (1, 4, 16 super-tiles of 512 px) and dates (6, 24)."""
+    yield from _memory(512, 4, ((6, (1, 4, 16)), (24, (16,))))
+
+
+def memory_default() -> Iterator[str]:
+    """The same with the default super-tiles of 2,048 px (under 3 GiB)."""
+    yield from _memory(2048, 2, ((6, (1, 4)), (24, (4,))))
+
+
+@dataclass(frozen=True)
+class NullJob:
+    """Super-tiles of nothing: the record is read and written, and that is all."""
+
+    store: Any
+    period: Any
+    counted: tuple[str, ...] = ("computed",)
+
+    def make(self, work: Any) -> dict[str, float]:
+        if self.store.record(work.tile, self.period) is None:
+            self.store.write_record(work.tile, self.period, {"windows": work.windows})
+        return {"computed": 1.0}
+
+
+def _resident() -> float:
+    import psutil
+
+    return psutil.Process().memory_info().rss / 2**20
+
+
+def scheduler(tiles: int = 10_000) -> Iterator[str]:
+    """Graph of 10,000 super-tiles (at most 5 tasks, 50 kB each), run with nothing to do (at most 20 ms each)."""
+    from distributed import Client, LocalCluster
+    from distributed.protocol.pickle import dumps
+
     from minemap import mapping
-    from minemap.checkpoint import load_model
-    from minemap.compositing import Rule
     from minemap.grid import Grid
-    from minemap.inference import Settings
-    from minemap.reader import Access
     from minemap.scenes import parse_period
     from minemap.store import Store
 
-    tiles = list(Grid(32720, 0.0, 10_000_000.0, 100 * 2048, 100 * 2048).tiles(2048))
-    work = [mapping.Work(tile, (0, 8, 0, 8)) for tile in tiles]
-    job = mapping.Job(
-        Store(Path("nowhere.zarr")),
-        parse_period("2023"),
-        {"utm32720": 0},
-        (-63.0, -10.0, -62.0, -9.0),
-        load_model(),
-        Settings(),
-        Rule(),
-        Access(),
-        "stackstac",
-        False,
-    )
-    start = time.process_time()
-    lazy = mapping.graph(work, job)
-    made = dict(lazy.__dask_graph__())
-    spent = time.process_time() - start
-    size = sum(len(pickle.dumps(task)) for task in list(made.values())[:: max(1, len(made) // 2000)])
-    size *= max(1, len(made) // 2000) / len(work)
-    ms = spent / len(work) * 1e3
-    yield f"{len(made) / len(work):.1f} tasks, {size / 1e3:.1f} kB, {ms:.2f} ms to make a super-tile"
-    yield f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB"
+    lattice = Grid(32720, 0.0, 10_000_000.0, 100 * 2048, -(-tiles // 100) * 2048)
+    work = [mapping.Work(tile, (0, 8, 0, 8)) for tile in lattice.tiles(2048)][:tiles]
+    with tempfile.TemporaryDirectory() as name:
+        job = NullJob(Store(Path(name) / "null.zarr"), parse_period("2023"))
+        start = time.process_time()
+        lazy = mapping.graph(work, job)
+        made = dict(lazy.__dask_graph__())
+        spent = time.process_time() - start
+        size = len(dumps(made)) / len(work)
+        ms = spent / len(work) * 1e3
+        yield f"{len(made) / len(work):.1f} tasks, {size / 1e3:.1f} kB, {ms:.2f} ms to make a super-tile's graph"
+        with (
+            LocalCluster(n_workers=2, threads_per_worker=2, dashboard_address=":0", silence_logs=50) as cluster,
+            Client(cluster) as client,
+            client.as_current(),
+        ):
+            lazy[:100].compute()
+            before = _resident(), max(client.run(_resident).values())
+            start = time.process_time()
+            done = mapping.graph(work, job).compute()
+            spent = time.process_time() - start
+            after = _resident(), max(client.run(_resident).values())
+            again = mapping.graph(work, job).compute()
+            last = _resident(), max(client.run(_resident).values())
+    assert done.shape == again.shape == (tiles, 1) and bool((done[:, 0] == 1).all())
+    yield f"{spent / tiles * 1e3:.1f} ms CPU of scheduler and client a super-tile, {tiles} super-tiles, 2 workers"
+    told = "; ".join(f"{a:.0f}, then {b:.0f}, then {c:.0f}" for a, b, c in zip(before, after, last, strict=True))
+    yield f"MiB of scheduler and client before, after {tiles}, after {2 * tiles}; of a worker: {told}"
+
+
+def _one_reader() -> None:
+    """On a worker: one read at a time, so that a worker uses one core."""
+    from minemap import mapping
+
+    mapping.READ_THREADS = 1
+
+
+def scaling(size: int = 2048, rounds: int = 5) -> Iterator[str]:
+    """1 against 2 single-thread workers, each reading and computing in turn (at least 1.7 times as fast)."""
+    from distributed import Client, LocalCluster
+
+    from minemap import mapping
+    from minemap.inference import cores
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        items = _scene(folder / "scene", size, 6)
+        bbox = json.loads((folder / "scene" / "bbox.json").read_text())
+        numbers = iter(range(1000))
+
+        def fresh(client: Any) -> Callable[[], None]:
+            def run() -> None:
+                out = folder / f"{next(numbers)}.zarr"
+                made = mapping.plan(bbox, "2023", out, stac=items, chunk=512)
+                job = mapping._job(made, made.store, mapping._prepare(made, made.store), cores())
+                mapping._compute(made.work, job, client, gpu=False)
+
+            return run
+
+        def started(workers: int) -> Any:
+            return LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=":0", silence_logs=50)
+
+        with started(1) as one, started(2) as two, Client(one) as single, Client(two) as double:
+            for client in (single, double):
+                client.run(_one_reader)
+            alone, both = alternating(fresh(single), fresh(double), rounds=rounds)
+    yield f"{alone:.1f} s with 1 worker, {both:.1f} s with 2: {alone / both:.2f} times as fast"
+
+
+def kills(count: int = 20) -> Iterator[str]:
+    """SIGKILLs of workers and of the whole process (0 arrays may differ, 0 super-tiles be computed twice)."""
+    import random
+
+    from .kills import Case, kill_processes, kill_workers
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        items = _scene(folder / "scene", 1024, 6)
+        case = Case(tuple(json.loads((folder / "scene" / "bbox.json").read_text())), items, "demo-2026")
+        tiles = case.map(folder / "whole.zarr")["super_tiles"]
+        for what, kill in (("whole processes", kill_processes), ("workers", kill_workers)):
+            got = kill(case, folder / "whole.zarr", folder, count, random.Random(count))
+            yield (
+                f"{got.kills} kills of {what} over {got.maps} maps of {tiles} super-tiles: {got.differing} arrays "
+                f"differ, {got.again} super-tiles with a record computed again"
+            )
 
 
 BENCHMARKS: dict[str, Callable[[], Iterator[str]]] = {
@@ -198,5 +309,10 @@ BENCHMARKS: dict[str, Callable[[], Iterator[str]]] = {
     "naive": predict_against_naive,
     "stages": whole_map_against_stages,
     "memory": memory,
+    "memory-default": memory_default,
     "scheduler": scheduler,
+    "scaling": scaling,
+    "gpu": gpu,
+    "kills": kills,
 }
+LONG = ("memory-default", "kills")  # only when asked for by name

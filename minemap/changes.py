@@ -24,7 +24,7 @@ import numpy as np
 
 from . import __version__
 from .areas import first_year, read_periods
-from .cluster import connect
+from .cluster import check_workers, connect
 from .errors import InputError, StoreError
 from .grid import Grid, pixel_area_km2
 from .inference import NOT_OBSERVED, mine_from
@@ -153,6 +153,8 @@ def change(
     store = plan.job.store
     store.check(plan.parameters, plan.grids, overwrite=overwrite)
     with connect(cluster, workers) if client is None else nullcontext(client) as connected, store.locked():
+        if connected is not None:
+            check_workers(connected, store.meta)
         plan.prepare(overwrite=overwrite)
         counts = run_tiles(plan.work, plan.job, connected, progress, gpu=cluster == "gpu")
     frame = area_table(plan, counts)

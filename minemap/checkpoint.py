@@ -128,6 +128,20 @@ def load_model(name_or_path: str | Path | None = None) -> Checkpoint:
     return Checkpoint(read_recipe(folder / RECIPE), folder, identity(sums))
 
 
+def load_same(path: Path, sha256: str) -> Checkpoint:
+    """The model of that hash, at `path` or among the bundled ones: on a worker minemap may be installed elsewhere.
+
+    Raises CheckpointError where it is not there, or is another one.
+    """
+    folder = path if path.is_dir() else BUNDLED / path.name
+    if not folder.is_dir():
+        raise CheckpointError(f"{path} is not there: put the model on a file system that all workers share")
+    found = load_model(folder)
+    if found.sha256 != sha256:
+        raise CheckpointError(f"{folder} holds another model here than where the run was started")
+    return found
+
+
 def available() -> list[str]:
     """Names of the bundled models."""
     return sorted(p.parent.name for p in BUNDLED.glob(f"*/{SUMS}"))

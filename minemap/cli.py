@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -184,12 +185,23 @@ def _map(a: argparse.Namespace) -> int:
 
         _say(a, estimate(plan(bbox, a.date, a.out, **_options(a))))
         return 0
+    _tell_of_clusters(a)
     with _progress(a) as progress:
         summary = map_area(
             bbox, a.date, a.out, cluster=a.cluster, workers=a.workers, progress=progress, **_options(a)
         )
     _say(a, summary, _told(summary))
     return 0
+
+
+def _tell_of_clusters(a: argparse.Namespace) -> None:
+    """What minemap logs (where the dashboard is) on standard error, unless --quiet."""
+    log = logging.getLogger("minemap")
+    if not log.handlers and not a.quiet:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("minemap: %(message)s"))
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
 
 
 def _told(s: dict[str, Any]) -> str:
@@ -212,6 +224,25 @@ def _progress(a: argparse.Namespace, unit: str = "super-tiles") -> Iterator[Call
     if a.quiet:
         yield None
         return
+    with _logged(), _bar(unit) as progress:
+        yield progress
+
+
+@contextmanager
+def _logged() -> Iterator[None]:
+    """What minemap logs, such as the address of a cluster's dashboard, on standard error."""
+    log, handler = logging.getLogger("minemap"), logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("minemap: %(message)s"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+
+
+@contextmanager
+def _bar(unit: str) -> Iterator[Callable[[int, int], None]]:
     if not sys.stderr.isatty():
         last = [-1]
 

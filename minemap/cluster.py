@@ -1,23 +1,37 @@
-"""Where super-tiles are computed: this process, local processes, GPU workers, or any Dask scheduler."""
+"""Where super-tiles are computed: this process, local processes, GPU workers, or any Dask scheduler.
+
+What workers need is asked of them before any work starts: the same packages, the model, the output's folder. A
+worker that lacks one would otherwise fail in the middle of a run, or make other pixels than its neighbours.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import InputError, MinemapError
+from .checkpoint import Checkpoint, load_same
+from .errors import ClusterError, InputError, MinemapError
 from .inference import cores
 
 if TYPE_CHECKING:
     from distributed import Client
 
 TASK_THREADS = 2  # a worker reads the next super-tile while the network runs on this one
+GPU_THREADS = 8  # at most, of a GPU worker: a GPU waits for readers. A power of two, so that shares add up exactly
+WORKER_BYTES = 3e9  # what a worker may take with the defaults
 GPU = {"GPU": 1}
-
-
-class ClusterError(MinemapError):
-    """A scheduler that can't be reached, or workers that can't do the work."""
+# What must be the same on workers as here: what pickles, schedules and computes ...
+EXACT = ("python", "minemap", "torch", "dask", "distributed")
+# ... and what only has to be there, with a warning when it is another version
+PRESENT = ("numpy", "zarr", "xarray", "rasterio", "stackstac", "segmentation-models-pytorch")
+FAILURES = 3  # workers that may die under a task before it counts as the task's fault
+log = logging.getLogger("minemap")
 
 
 @contextmanager
@@ -31,7 +45,8 @@ def connect(cluster: str | None, workers: int | None = None) -> Iterator[Client 
     from distributed import Client
 
     if cluster in ("local", "gpu"):
-        with _local(cluster, workers) as made, Client(made) as client:
+        with _started(cluster, workers) as made, Client(made) as client:
+            log.info("dashboard %s", client.dashboard_link)
             yield client
         return
     if "://" not in cluster:
@@ -41,25 +56,190 @@ def connect(cluster: str | None, workers: int | None = None) -> Iterator[Client 
     except (OSError, ValueError) as error:
         raise ClusterError(f"no Dask scheduler answers at {cluster}: start one, or check the address") from error
     with client:
+        log.info("dashboard %s", client.dashboard_link)
         yield client
 
 
-def worker_count(client: Client | None, workers: int | None) -> int:
-    """Processes that share this machine's cores, for the number of network streams in each."""
-    if client is None:
-        return 1
-    hosts = [worker["host"] for worker in client.scheduler_info(n_workers=-1)["workers"].values()]
-    return max((hosts.count(host) for host in hosts), default=workers or 1)
+def worker_count(client: Client | None) -> int:
+    """Processes that share a machine's cores, for the number of network streams in each."""
+    hosts = [worker["host"] for worker in _workers(client).values()] if client is not None else []
+    return max((hosts.count(host) for host in hosts), default=1)
 
 
-def _local(kind: str, workers: int | None) -> Any:
+def gpu_share(client: Client) -> dict[str, float]:
+    """What of its worker's GPU a task asks for, so that all threads of a worker may hold one: they read side by side.
+
+    The network itself has one thread and a lock in each process, whatever the number of tasks.
+    """
+    threads = max(w["nthreads"] for w in _workers(client).values())
+    return {"GPU": GPU["GPU"] / threads}
+
+
+def _workers(client: Client) -> Mapping[str, Any]:
+    return client.scheduler_info(n_workers=-1)["workers"]
+
+
+# --- starting workers -------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _started(kind: str, workers: int | None) -> Iterator[Any]:
+    with warnings.catch_warnings():
+        # We say where the dashboard is, so it does not matter that its usual port is taken
+        warnings.filterwarnings("ignore", message=r"Port \d+ is already in use")
+        made = _gpu_workers(workers) if kind == "gpu" else _processes(workers)
+    with made:
+        yield made
+
+
+def _processes(workers: int | None) -> Any:
+    """As many processes of two task threads as cores and memory allow."""
     from distributed import LocalCluster
+    from distributed.system import MEMORY_LIMIT
 
-    if kind == "gpu":
-        try:
-            from dask_cuda import LocalCUDACluster
+    fit = min(cores() // TASK_THREADS, int(MEMORY_LIMIT // WORKER_BYTES))
+    return LocalCluster(n_workers=workers or max(1, fit), threads_per_worker=TASK_THREADS)
 
-            return LocalCUDACluster(n_workers=workers, threads_per_worker=1, resources=GPU)
-        except ImportError:
-            return LocalCluster(n_workers=workers or 1, threads_per_worker=1, resources=GPU)
-    return LocalCluster(n_workers=workers or max(1, cores() // 2), threads_per_worker=TASK_THREADS)
+
+def _gpu_workers(workers: int | None) -> Any:
+    """One process a GPU with `resources={"GPU": 1}`, and threads that read for it."""
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if not gpus:
+        warnings.warn("no GPU is found: the network runs on the processor", stacklevel=2)
+    count = workers or max(1, gpus)
+    threads = GPU_THREADS
+    while threads > TASK_THREADS and threads * count > cores():
+        threads //= 2
+    with suppress(ImportError):
+        from dask_cuda import LocalCUDACluster
+
+        if gpus:
+            return LocalCUDACluster(n_workers=count, threads_per_worker=threads, resources=GPU)
+    return _own_gpu_each(count, threads, gpus)
+
+
+def _own_gpu_each(count: int, threads: int, gpus: int) -> Any:
+    """What dask-cuda would start: a worker sees one GPU only, the next one's worker the next."""
+    from distributed import Nanny, Scheduler, SpecCluster
+    from distributed.system import MEMORY_LIMIT
+
+    allowed = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    names = allowed or [str(number) for number in range(max(1, gpus))]
+    shared = {
+        "host": "127.0.0.1",
+        "nthreads": threads,
+        "resources": GPU,
+        "memory_limit": int(MEMORY_LIMIT // count),
+        "silence_logs": logging.WARN,
+    }
+    specs = {
+        i: {"cls": Nanny, "options": {**shared, "env": {"CUDA_VISIBLE_DEVICES": names[i % len(names)]}}}
+        for i in range(count)
+    }
+    scheduler = {"cls": Scheduler, "options": {"host": "127.0.0.1", "dashboard_address": ":8787"}}
+    return SpecCluster(workers=specs, scheduler=scheduler, silence_logs=logging.WARN)
+
+
+# --- what workers need ------------------------------------------------------------------------------------------
+
+
+def check_workers(client: Client, folder: Path, checkpoint: Checkpoint | None = None) -> None:
+    """Whether all workers can do the work, asked before it starts; raises ClusterError, in one line, where not.
+
+    folder: where the output's records will lie; it exists. checkpoint: the model, where one is used. How long to wait
+    for a first worker is dask's setting `minemap.worker-timeout` (seconds, 60).
+    """
+    _wait_for_one(client)
+    found: Any = client.get_versions(packages=[*EXACT[1:], *PRESENT])
+    _compare_versions(found)
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".seen-by-workers-") as seen:
+        answers = client.run(_lacking, Path(seen.name), checkpoint, on_error="return")
+    _refuse({worker: str(answer) for worker, answer in answers.items() if answer})
+    _check_failures(client)
+
+
+def _wait_for_one(client: Client) -> None:
+    """A task of nothing, so that a cluster that grows with its tasks starts its first worker."""
+    import dask
+
+    seconds = float(dask.config.get("minemap.worker-timeout", 60))
+    probe = client.submit(os.getpid, pure=False)
+    try:
+        probe.result(timeout=seconds)
+    except TimeoutError as error:
+        probe.cancel()
+        address = client.scheduler.address if client.scheduler else "the scheduler"
+        raise ClusterError(
+            f"{address} has no worker that took a task within {seconds:g} s: start some (dask worker {address})"
+        ) from error
+
+
+def _compare_versions(found: Mapping[str, Any]) -> None:
+    here = found["client"]["packages"]
+    others = {worker: answer["packages"] for worker, answer in found["workers"].items()}
+    trouble = {worker: differences(here, there, EXACT, PRESENT) for worker, there in others.items()}
+    scheduler = found["scheduler"]["packages"]
+    trouble["the scheduler"] = differences(here, scheduler, ("python", "dask", "distributed"), ())
+    _refuse({name: f"has {text}; install the same there as here" for name, text in trouble.items() if text})
+    other = {w: text for w, there in others.items() if (text := differences(here, there, PRESENT, ()))}
+    if other:
+        warnings.warn(f"{_first(other)} has {next(iter(other.values()))}: pixels may differ", stacklevel=4)
+
+
+def differences(
+    here: Mapping[str, str | None],
+    there: Mapping[str, str | None],
+    exact: tuple[str, ...],
+    present: tuple[str, ...],
+) -> str:
+    """What is another version there, or missing though it is here: "torch 2.5 (here 2.6), no zarr"; "" if nothing."""
+    told = [f"no {name}" for name in (*exact, *present) if here.get(name) and not there.get(name)]
+    pairs = {name: (_public(name, there[name]), _public(name, here.get(name))) for name in exact if there.get(name)}
+    return ", ".join([*(f"{name} {a} (here {b or 'none'})" for name, (a, b) in pairs.items() if a != b), *told])
+
+
+def _public(name: str, version: str | None) -> str:
+    """What counts of a version: of Python's the first two numbers, of others all but the build's mark (+cu132)."""
+    text = version or ""
+    return ".".join(text.split(".")[:2]) if name == "python" else text.split("+")[0]
+
+
+def _lacking(seen: Path, checkpoint: Checkpoint | None) -> str:
+    """Runs on a worker: what it lacks, "" when nothing."""
+    try:
+        if checkpoint is not None:
+            load_same(checkpoint.path, checkpoint.sha256)
+    except MinemapError as error:
+        return f"has not the model: {error}"
+    if not seen.exists():
+        return f"does not see {seen.parent}: put the output on a file system that all workers share"
+    if not os.access(seen.parent, os.W_OK | os.X_OK):
+        return f"may not write to {seen.parent}: let its user write there"
+    return ""
+
+
+def _refuse(trouble: Mapping[str, str]) -> None:
+    if trouble:
+        raise ClusterError(f"{_first(trouble)} {next(iter(trouble.values()))}")
+
+
+def _first(trouble: Mapping[str, str]) -> str:
+    name = next(iter(trouble))
+    more = f" (and {len(trouble) - 1} more)" if len(trouble) > 1 else ""
+    return f"{name if name.startswith('the ') else f'worker {name}'}{more}"
+
+
+def _check_failures(client: Client) -> None:
+    def allowed(dask_scheduler: Any) -> int:  # within a function, so that the scheduler needs no minemap
+        return dask_scheduler.allowed_failures
+
+    with suppress(ValueError):  # a scheduler that runs no foreign code
+        found = client.run_on_scheduler(allowed)
+        if found < FAILURES:
+            warnings.warn(
+                f"this scheduler gives up a super-tile after {found} workers died under it: set "
+                f"distributed.scheduler.allowed-failures to {FAILURES} or more there",
+                stacklevel=3,
+            )

@@ -37,3 +37,11 @@ class CheckpointError(MinemapError):
 
 class StoreError(MinemapError):
     """An output that is not ours, is not writable, or was made with other parameters."""
+
+
+class ClusterError(MinemapError):
+    """A scheduler that can't be reached, or workers that can't do the work."""
+
+
+class TooLittleMemoryError(MinemapError):
+    """Not even one window at a time fits into the memory of a worker or a GPU."""

@@ -24,7 +24,7 @@ CHUNK = 2048  # px, side of a super-tile and of a shard
 CHUNKS = (512, 1024, 2048)
 CELL = 20_480  # metres, side of the cell for which scenes are chosen, on the lattice of 10 m
 MAX_LATITUDE = 84.0
-SAG = 1e-3  # degrees; the edges of a super-tile bend less than that between five points
+SAG = 1e-3  # degrees; the edges of a super-tile bend less than that between five points, a window's between two
 
 BBox = tuple[float, float, float, float]  # west, south, east, north
 
@@ -139,7 +139,8 @@ class Grid:
         while parts:
             rows, columns, box = parts.pop()
             y, x = self.y[rows], self.x[columns]
-            lattice = self._degrees(np.linspace(y[0], y[-1], 5), np.linspace(x[0], x[-1], 5))
+            mesh = self._degrees(np.linspace(y[0], y[-1], 5), np.linspace(x[0], x[-1], 5))
+            lattice = mesh[0].ravel(), mesh[1].ravel()
             if not _may_meet(lattice, box):
                 continue
             if _in_box(lattice, box, margin=-SAG).all():
@@ -204,14 +205,33 @@ def grids(bbox: BBox, chunk: int = CHUNK, *, extent: str = "bbox", resolution: f
 def wanted_windows(tile: Grid, bbox: BBox) -> tuple[int, int, int, int] | None:
     """First row, end row, first column, end column (in windows) of `tile` that hold pixels of `bbox`.
 
-    Only owned pixels count. None when there are none.
+    Only owned pixels count. None when there are none. A window with a corner pixel in the box holds one; its other
+    pixels are looked at only where no corner is in the box though the box may reach between them.
     """
-    wanted = tile.inside(bbox)
-    rows = np.flatnonzero(wanted.any(axis=1)) // WINDOW
-    columns = np.flatnonzero(wanted.any(axis=0)) // WINDOW
+    shape = tile.height // WINDOW, tile.width // WINDOW
+    y, x = (_ends(centres) for centres in (tile.y, tile.x))
+    lon, lat = (_by_window(degrees, shape) for degrees in tile._degrees(y, x))
+    wanted = np.zeros(shape, bool)
+    for box in _parts_in(tile.epsg, bbox):
+        inside = np.asarray(_in_box((lon, lat), box).any(axis=-1))
+        for row, column in np.argwhere(~inside & ~wanted & _may_meet((lon, lat), box)):
+            window = tile.window(row * WINDOW, column * WINDOW, WINDOW, WINDOW)
+            inside[row, column] = window._within([box]).any()
+        wanted |= inside
+    rows, columns = np.flatnonzero(wanted.any(axis=1)), np.flatnonzero(wanted.any(axis=0))
     if not rows.size:
         return None
     return int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
+
+
+def _ends(centres: np.ndarray) -> np.ndarray:
+    """The first and the last pixel of every window along an axis."""
+    return centres.reshape(-1, WINDOW)[:, [0, -1]].ravel()
+
+
+def _by_window(corners: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """Values at the corner pixels of all windows, (2 rows, 2 columns), as (rows, columns, 4)."""
+    return corners.reshape(shape[0], 2, shape[1], 2).swapaxes(1, 2).reshape(*shape, 4)
 
 
 def pixel_area_km2(grid: Grid) -> np.ndarray:
@@ -265,11 +285,11 @@ def _halved(part: slice) -> list[slice]:
     return [s for s in (slice(part.start, middle), slice(middle, part.stop)) if s.start < s.stop]
 
 
-def _may_meet(lattice: tuple[np.ndarray, np.ndarray], box: BBox) -> bool:
-    """Whether the area that a lattice of longitudes and latitudes spans can meet `box`."""
+def _may_meet(lattice: tuple[np.ndarray, np.ndarray], box: BBox) -> np.ndarray:
+    """Whether the areas that points (longitudes, latitudes), in the last axis, span can meet `box`; bool (...)."""
     (lon, lat), (west, south, east, north) = lattice, box
-    across = lon.max() >= west - SAG and lon.min() <= east + SAG
-    return bool(across and lat.max() >= south - SAG and lat.min() <= north + SAG)
+    across = (lon.max(axis=-1) >= west - SAG) & (lon.min(axis=-1) <= east + SAG)
+    return across & (lat.max(axis=-1) >= south - SAG) & (lat.min(axis=-1) <= north + SAG)
 
 
 def _in_box(points: tuple[np.ndarray, np.ndarray], box: BBox, margin: float = 0.0) -> np.ndarray:

@@ -7,11 +7,13 @@ or workers changes nothing.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,8 +22,8 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from .checkpoint import Checkpoint, load_model
-from .errors import CheckpointError, InputError
+from .checkpoint import Checkpoint, load_same
+from .errors import InputError, TooLittleMemoryError
 from .tiles import Layout, run_windows
 
 NOT_OBSERVED = 255  # in per cent maps
@@ -150,19 +152,21 @@ def probability(image: np.ndarray, checkpoint: Checkpoint, settings: Settings) -
     image: float32 (band, y + 2 halo, x + 2 halo), bands in the checkpoint's order, whole windows in y and x.
     One image at a time in a process: the network is behind a lock.
     """
+    return probability_and_batch(image, checkpoint, settings)[0]
+
+
+def probability_and_batch(image: np.ndarray, checkpoint: Checkpoint, settings: Settings) -> tuple[np.ndarray, int]:
+    """`probability`, and the windows a call that fitted into memory: fewer than usual change last digits."""
     with _LOADING:
         runner = _runner(checkpoint.path, checkpoint.sha256, settings)
     with runner.lock:
-        return run_windows(image, runner, layout(checkpoint), runner.map)
+        return run_windows(image, runner, layout(checkpoint), runner.map), runner.batch
 
 
 @lru_cache(maxsize=2)
 def _runner(path: Path, sha256: str, settings: Settings) -> Runner:
     """One a process: what travels with a task is the checkpoint's path and hash, never its weights."""
-    checkpoint = load_model(path)
-    if checkpoint.sha256 != sha256:
-        raise CheckpointError(f"{path} holds another model here than where the run was started")
-    return Runner(checkpoint, settings)
+    return Runner(load_same(path, sha256), settings)
 
 
 class Runner:
@@ -171,9 +175,13 @@ class Runner:
     def __init__(self, checkpoint: Checkpoint, settings: Settings) -> None:
         import torch
 
+        from .models.folding import for_inference
+
+        keep_freed_memory()
         self.recipe, self.settings, self.device = checkpoint.recipe, settings, device()
         self.lock = threading.Lock()
-        self.network = checkpoint.network().to(self.device).to(memory_format=torch.channels_last)
+        self.batch = BATCH[self.device]
+        self.network = for_inference(checkpoint.network()).to(self.device).to(memory_format=torch.channels_last)
         streams = settings.streams if self.device == "cpu" else 1
         self.pool = ThreadPoolExecutor(streams, "network", initializer=torch.set_num_threads, initargs=(1,))
 
@@ -188,6 +196,28 @@ class Runner:
             yield future.result()
 
     def __call__(self, windows: np.ndarray) -> np.ndarray:
+        """Of one batch; when memory runs out in halves of it, from then on for good."""
+        size = self.batch
+        try:
+            parts = [self._answer(windows[i : i + size]) for i in range(0, len(windows), size)]
+            return np.concatenate(parts)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            if size == 1:
+                raise TooLittleMemoryError(
+                    f"not even one window of {windows.shape[-1]} px fits into memory ({self.device}): start fewer "
+                    "workers, or give them more memory"
+                ) from error
+        # After the exception is gone, and with it the tensors that its frames held
+        self.batch = min(self.batch, size // 2)
+        if self.device == "cuda":
+            import torch
+
+            torch.cuda.empty_cache()
+        return self(windows)
+
+    def _answer(self, windows: np.ndarray) -> np.ndarray:
         import torch
 
         x = torch.from_numpy(self.recipe.normalise(windows)).to(self.device)
@@ -195,3 +225,23 @@ class Runner:
         with torch.inference_mode(), torch.autocast(self.device, torch.bfloat16, enabled=bf16):
             logits = self.network(x.contiguous(memory_format=torch.channels_last))
         return torch.sigmoid(logits.float())[:, 0].cpu().numpy()
+
+
+def keep_freed_memory(block: int = 2**26, kept: int = 2**28) -> None:
+    """Let glibc keep what torch frees instead of returning it: page faults halve the speed on a CPU otherwise.
+
+    block: bytes; larger ones (the looks of a composite) still go back to the system at once. kept: bytes in all.
+    """
+    with suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(-3, block)  # M_MMAP_THRESHOLD
+        mallopt(-1, kept)  # M_TRIM_THRESHOLD
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether torch (on a GPU or the processor) or numpy had no memory left."""
+    import torch
+
+    told = ("can't allocate memory", "not enough memory", "out of memory")
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or (isinstance(error, RuntimeError) and any(words in str(error) for words in told))

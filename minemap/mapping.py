@@ -18,16 +18,17 @@ import dask
 import dask.array as da
 import numpy as np
 import xarray as xr
+from dask.highlevelgraph import HighLevelGraph
 from rasterio.errors import RasterioError
 
 from . import __version__
 from .checkpoint import Checkpoint, load_model
-from .cluster import GPU, TASK_THREADS, connect, worker_count
+from .cluster import TASK_THREADS, check_workers, connect, gpu_share, worker_count
 from .compositing import Rule, composite_layers
 from .cube import READERS, load_layers
-from .errors import InputError, NoItemsError, ReadError, StoreError
+from .errors import ClusterError, InputError, NoItemsError, ReadError, StoreError
 from .grid import CHUNK, CHUNKS, WINDOW, BBox, Grid, cell_side, check_bbox, grids, pixel_area_km2, wanted_windows
-from .inference import NOT_OBSERVED, Settings, mine_from, percent, probability
+from .inference import NOT_OBSERVED, Settings, mine_from, percent, probability_and_batch
 from .reader import Access, read_overview
 from .scenes import (
     Acquisition,
@@ -53,7 +54,9 @@ if TYPE_CHECKING:
 COUNTS = ("km2_total", "km2_observed", "km2_mine", "computed")
 AOI = "aoi.wkt"  # in the meta folder
 READ_THREADS = 8  # assets read at a time by one task: remote reads wait more than they compute
-RETRIES = 3  # a task whose worker died starts again elsewhere, this often
+RETRIES = 3  # times that a task which failed starts again, where there are workers
+STAGE = "supertile"  # what dashboards call the tasks
+AT_ONCE = 10_000  # super-tiles a graph; as many more follow when these are done
 QUICKLOOK_WHITE = 0.3  # reflectance that is white in a quicklook
 
 
@@ -157,7 +160,8 @@ class Job:
     index: dict[str, int]  # group -> index on its time axis
     bbox: BBox
     checkpoint: Checkpoint
-    settings: Settings
+    precision: str
+    sharing: int  # processes that share a machine's cores
     rule: Rule
     access: Access
     reader: str
@@ -175,6 +179,11 @@ class Job:
         """The task of a super-tile."""
         return make_tile(work, self)
 
+    @property
+    def settings(self) -> Settings:
+        """On the machine that asks: workers may have more cores than where the run was started."""
+        return Settings.for_machine(self.precision, self.sharing)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -191,6 +200,15 @@ class Plan:
     work: list[Work]
     cells: dict[tuple[str, tuple[int, int]], list[Acquisition]]  # newly chosen, to be frozen
     frozen: int  # cells whose choice an earlier run has frozen
+    store: Store | None = None  # where it will be written
+
+    @cached_property
+    def finished(self) -> dict[Work, dict[str, Any]]:
+        """Super-tiles that the run will find done, with their records. A refresh may make some of them again."""
+        if self.store is None or self.options.overwrite or not self.store.exists():
+            return {}
+        records = {work: self.store.record(work.tile, self.period) for work in self.work}
+        return {work: r for work, r in records.items() if r is not None and _done(r, work)}
 
     @cached_property
     def rule(self) -> Rule:
@@ -260,7 +278,7 @@ def plan(bbox: BBox, date: str | Period, out: str | Path | None = None, **option
         )
     zones = {w.tile.epsg for w in work}
     lattices = [g for g in grids(box, o.chunk, extent=o.extent, resolution=sensor.resolution) if g.epsg in zones]
-    made = Plan(box, period, o, where, sensor, checkpoint, settings, lattices, work, {}, 0)
+    made = Plan(box, period, o, where, sensor, checkpoint, settings, lattices, work, {}, 0, store)
     if store is not None:
         store.check(made.parameters, made.grids, overwrite=o.overwrite)
     return _with_scenes(made, store)
@@ -291,12 +309,12 @@ def _with_scenes(made: Plan, store: Store | None) -> Plan:
     o = made.options
     use_frozen = store is not None and store.exists() and not o.refresh and not o.overwrite
     cells = sorted({(w.tile.epsg, w.tile.cell) for w in made.work})
-    done = [c for c in cells if use_frozen and store and store.read_cell(f"utm{c[0]}", c[1], made.period) is not None]
-    open_cells = [c for c in cells if c not in set(done)]
+    done = {c for c in cells if use_frozen and store and store.read_cell(f"utm{c[0]}", c[1], made.period) is not None}
+    open_cells = {c for c in cells if c not in done}
     chosen: dict[tuple[str, tuple[int, int]], list[Acquisition]] = {}
     empty: list[NoItemsError] = []
     for epsg in sorted({epsg for epsg, _ in open_cells}):
-        zone = [w.tile for w in made.work if w.tile.epsg == epsg and (epsg, w.tile.cell) in set(open_cells)]
+        zone = [w.tile for w in made.work if w.tile.epsg == epsg and (epsg, w.tile.cell) in open_cells]
         try:
             items = search(
                 search_area(_around(zone)),
@@ -355,7 +373,9 @@ def map_area(
     made = plan(bbox, date, out, **options)
     store = Store.at(out)
     with connect(cluster, workers) if client is None else nullcontext(client) as connected, store.locked():
-        job = _job(made, store, _prepare(made, store), worker_count(connected, workers))
+        if connected is not None:
+            check_workers(connected, store.meta, made.checkpoint)
+        job = _job(made, store, _prepare(made, store), worker_count(connected))
         counts = run_tiles(made.work, job, connected, progress, gpu=cluster == "gpu")
     return _summary(made, store, counts, time.monotonic() - start)
 
@@ -408,7 +428,8 @@ def _job(made: Plan, store: Store, index: dict[str, int], sharing: int) -> Job:
         index=index,
         bbox=made.bbox,
         checkpoint=made.checkpoint,
-        settings=Settings.for_machine(made.settings.precision, sharing),
+        precision=made.settings.precision,
+        sharing=sharing,
         rule=made.rule,
         access=Access.of(made.source),
         reader=made.options.reader,
@@ -426,14 +447,42 @@ def run_tiles(
     gpu: bool = False,
 ) -> np.ndarray:
     """Makes every super-tile; returns what the job counts in each, float64 (tile, count)."""
-    annotations: dict[str, Any] = {"retries": RETRIES, **({"resources": GPU} if gpu else {})}
-    with dask.annotate(**annotations):
-        counts = graph(work, job)
-    scheduler: dict[str, Any] = {"scheduler": "threads", "num_workers": TASK_THREADS} if client is None else {}
+    with _watched(work, job, progress):
+        slices = [work[i : i + AT_ONCE] for i in range(0, len(work), AT_ONCE)]
+        return np.concatenate([_compute(part, job, client, gpu=gpu) for part in slices])
+
+
+def _compute(work: list[Work], job: Task, client: Client | None, *, gpu: bool) -> np.ndarray:
     # Annotations are lost when tasks are fused
-    quiet = dask.config.set({"optimization.fuse.active": False})
-    with quiet, _watched(work, job, progress), client.as_current() if client else nullcontext():
-        return counts.compute(**scheduler).values
+    with dask.config.set({"optimization.fuse.active": False}):
+        if client is None:
+            return graph(work, job).compute(scheduler="threads", num_workers=TASK_THREADS).values
+        with dask.annotate(retries=RETRIES, **({"resources": gpu_share(client)} if gpu else {})):
+            counts = graph(work, job)
+        with client.as_current(), _clear_losses(client):
+            return counts.compute().values
+
+
+@contextmanager
+def _clear_losses(client: Client) -> Iterator[None]:
+    """What Dask raises when workers or the scheduler are gone, in one line."""
+    from distributed import CancelledError, KilledWorker
+    from distributed.comm import CommClosedError
+
+    try:
+        yield
+    except KilledWorker as error:
+        place = str(error.task).removeprefix(f"{STAGE}-").rsplit("-", 1)[0]
+        raise ClusterError(
+            f"super-tile {place}: {error.allowed_failures + 1} workers died under it, the last at "
+            f"{error.last_worker.address}; usually their memory is too small (--dry-run tells what they need). "
+            "What is finished stays, the same command goes on"
+        ) from error
+    except (CancelledError, CommClosedError) as error:
+        address = client.scheduler.address if client.scheduler else "the address given"
+        raise ClusterError(
+            f"the Dask scheduler at {address} went away; what is finished stays, the same command goes on"
+        ) from error
 
 
 def graph(work: list[Work], job: Task) -> xr.DataArray:
@@ -441,7 +490,24 @@ def graph(work: list[Work], job: Task) -> xr.DataArray:
     rows = np.array([(w.tile.epsg, w.tile.left, w.tile.top, w.tile.height, *w.windows) for w in work])
     table = xr.DataArray(da.from_array(rows, chunks=(1, -1)), dims=("tile", "field"))
     template = xr.DataArray(da.zeros((len(work), len(job.counted)), chunks=(1, -1)), dims=("tile", "count"))
-    return xr.map_blocks(_block, table, [job, work[0].tile.resolution], template=template)
+    counts = xr.map_blocks(_block, table, [job, work[0].tile.resolution], template=template)
+    places = [f"{w.tile.group}-{job.store.record_path(w.tile, job.period).stem}" for w in work]
+    return counts.copy(data=_named(counts.data, places))
+
+
+def _named(counts: da.Array, places: list[str]) -> da.Array:
+    """The same graph with tasks called supertile-ZONE-COLUMN_ROW-…, which dashboards and logs show."""
+    graph: dict[Any, Any] = dict(counts.__dask_graph__())
+    ours = [key for key in graph if key[0].startswith(_block.__name__)]  # map_blocks calls them (NAME-TOKEN, i, 0)
+    if not all(isinstance(graph[key], tuple) for key in ours):
+        return counts  # tasks of another form than xarray makes today keep the names that it gave
+    names = {key: f"{STAGE}-{places[key[1]]}-{key[0].split('-')[-1]}" for key in ours}
+    for key in ours:
+        graph[names[key]] = graph.pop(key)
+        taken = (counts.name, *key[1:])
+        graph[taken] = tuple(names.get(part, part) if isinstance(part, tuple) else part for part in graph[taken])
+    layers = HighLevelGraph.from_collections(counts.name, graph, dependencies=[])
+    return da.Array(layers, counts.name, counts.chunks, counts.dtype)
 
 
 def _block(row: xr.DataArray, job: Task, resolution: float) -> xr.DataArray:
@@ -460,14 +526,17 @@ def _watched(work: list[Work], job: Task, progress: Callable[[int, int], None] |
         yield
         return
     over = threading.Event()
-    left = set(work)
+    wanted = {job.store.record_path(w.tile, job.period) for w in work}
+    folders = {path.parent for path in wanted}
 
     def look() -> None:
-        left.difference_update([w for w in left if job.store.record_path(w.tile, job.period).exists()])
-        progress(len(work) - len(left), len(work))
+        done = {path for folder in folders if folder.exists() for path in folder.iterdir()}
+        progress(len(wanted & done), len(wanted))
 
     def watch() -> None:
-        while not over.wait(0.5):
+        start = time.monotonic()
+        while not over.wait(max(0.5, 20 * (time.monotonic() - start))):  # listing takes a twentieth of our time
+            start = time.monotonic()
             look()
 
     thread = threading.Thread(target=watch, daemon=True)
@@ -487,15 +556,17 @@ def make_tile(work: Work, job: Job) -> dict[str, float]:
     """Reads, composites, predicts and writes one super-tile, unless the ledger has it; returns its counts."""
     record = job.store.record(work.tile, job.period)
     index = job.index[work.tile.group]
-    if record is not None and not record.get("stale") and _holds(record["windows"], work.windows):
+    if record is not None and _done(record, work):
         answer = job.store.read_tile(work.inner, index, "probability")
         return {**count(answer, work.inner, job), "computed": 0.0}
     if record is not None:  # a shard is written whole: what an earlier box had of it is made again with ours
         work = replace(work, windows=_union(record["windows"], work.windows))
     start = time.monotonic()
-    image, observations, items, asked = _image(work.inner, job)
+    with _stage("read"):
+        image, observations, items, asked = _image(work.inner, job)
     halo = job.checkpoint.recipe.halo
-    chance = probability(image, job.checkpoint, job.settings)
+    with _stage("network"):
+        chance, batch = probability_and_batch(image, job.checkpoint, job.settings)
     core = image[:, halo:-halo, halo:-halo]
     outside = ~_valid(work.inner, job)
     chance[outside], observations[outside] = np.nan, 0
@@ -503,7 +574,8 @@ def make_tile(work: Work, job: Job) -> dict[str, float]:
     layers = {"probability": answer, "observations": observations, "quicklook": quicklook(core, outside, job)}
     if job.keep_composite:
         layers["composite"] = np.where(outside, NODATA, np.nan_to_num(np.rint(core * 1e4))).astype(np.uint16)
-    job.store.write_tile(work.tile, index, {name: _whole(name, data, work) for name, data in layers.items()})
+    with _stage("write"):
+        job.store.write_tile(work.tile, index, {name: _whole(name, data, work) for name, data in layers.items()})
     counts = count(answer, work.inner, job)
     job.store.write_record(
         work.tile,
@@ -516,14 +588,28 @@ def make_tile(work: Work, job: Job) -> dict[str, float]:
             "probability_km2": float(np.nansum(chance * pixel_area_km2(work.inner), dtype=np.float64)),
             "items": items,
             "offsets": asked,
+            "batch": batch,
+            "at_once": job.sharing * TASK_THREADS,
             "seconds": round(time.monotonic() - start, 3),
         },
     )
     return {**counts, "computed": 1.0}
 
 
-def _holds(done: list[int], wanted: tuple[int, int, int, int]) -> bool:
-    return done[0] <= wanted[0] and done[1] >= wanted[1] and done[2] <= wanted[2] and done[3] >= wanted[3]
+@contextmanager
+def _stage(name: str) -> Iterator[None]:
+    """Dask's "fine performance metrics" show how long workers spend in each stage."""
+    from distributed.metrics import context_meter
+
+    with context_meter.meter(f"minemap {name}"):
+        yield
+
+
+def _done(record: dict[str, Any], work: Work) -> bool:
+    """Whether what a record tells of holds all windows that are wanted, made from the scenes that are valid now."""
+    has, wants = record["windows"], work.windows
+    holds = has[0] <= wants[0] and has[1] >= wants[1] and has[2] <= wants[2] and has[3] >= wants[3]
+    return holds and not record.get("stale")
 
 
 def _union(one: list[int], other: tuple[int, int, int, int]) -> tuple[int, int, int, int]:

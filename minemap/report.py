@@ -106,14 +106,18 @@ def card(name: str) -> dict[str, Any]:
 
 
 def estimate(plan: Plan) -> dict[str, Any]:
-    """What a run would cost. Rates are those of two server cores and local files: a guide, not a promise."""
+    """What a run would cost, without the super-tiles that are done: a guide, not a promise.
+
+    Rates are those of the map's own finished super-tiles, else of two server cores and local files.
+    """
     looks, layers = _looks(plan)
-    pixels = sum(w.inner.height * w.inner.width for w in plan.work)
-    network = pixels / WINDOW**2 * NETWORK_SECONDS[plan.settings.precision]
-    seconds = (pixels * looks * READ_SECONDS + network) / cores()
-    held = max(w.inner.height * w.inner.width for w in plan.work) * layers * LOOK_BYTES
+    left = [w for w in plan.work if w not in plan.finished]
+    pixels = sum(w.inner.height * w.inner.width for w in left)
+    held = max((w.inner.height * w.inner.width for w in left), default=0) * layers * LOOK_BYTES
+    seconds, told = _seconds(plan, pixels, looks)
     return {
         "super_tiles": len(plan.work),
+        "super_tiles_done": len(plan.finished),
         "zones": [grid.group for grid in plan.grids],
         "cells_chosen_now": len(plan.cells),
         "cells_frozen_before": plan.frozen,
@@ -122,10 +126,26 @@ def estimate(plan: Plan) -> dict[str, Any]:
         "bytes_to_read": int(pixels * looks * BYTES_READ),
         "worker_memory_bytes": int(WORKER_BYTES + TASK_THREADS * min(held, STRIP_BYTES)),
         "seconds": round(seconds),
+        "seconds_from": told,
         "bytes_written": int(pixels * BYTES_WRITTEN),
         "model": plan.checkpoint.recipe.name,
         "precision": plan.settings.precision,
     }
+
+
+def _seconds(plan: Plan, pixels: int, looks: float) -> tuple[float, str]:
+    """How long this machine needs for `pixels`, and where that is known from."""
+    records = [r for r in plan.finished.values() if r.get("at_once") and r["seconds"]]
+    if records:
+        done = sum(_windows(r) * WINDOW**2 * r["at_once"] for r in records)
+        return pixels * sum(r["seconds"] for r in records) / done, f"{len(records)} finished super-tiles"
+    network = pixels / WINDOW**2 * NETWORK_SECONDS[plan.settings.precision]
+    return (pixels * looks * READ_SECONDS + network) / cores(), "rates of a server's cores"
+
+
+def _windows(record: dict[str, Any]) -> int:
+    top, bottom, left, right = record["windows"]
+    return (bottom - top) * (right - left)
 
 
 def _looks(plan: Plan) -> tuple[float, int]:

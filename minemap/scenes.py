@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urljoin, urlsplit
 
+import numpy as np
 import shapely
 from shapely.geometry import box, shape
 
@@ -383,8 +384,10 @@ class Scenes:
         # Twice around the antimeridian, so that a cell that crosses it finds both sides
         shifted = [(i, shapely.affinity.translate(areas[i], dx)) for i in near for dx in (-360, 360)]
         self._owner = [*range(len(items)), *(i for i, _ in shifted)]
-        self._areas = [*areas, *(a for _, a in shifted)]
-        self._tree = shapely.STRtree(self._areas)
+        self._shapes = np.array([*areas, *(a for _, a in shifted)], dtype=object)
+        self._tree = shapely.STRtree(self._shapes)
+        self._acquisitions = [acquisition_id(item) for item in items]
+        self._moments = [moment(item) for item in items]
 
     def choose(self, epsg: int, cell: tuple[int, int], resolution: float = RESOLUTION) -> list[Acquisition]:
         """At most `max_scenes` acquisitions for a cell, in order of time.
@@ -395,16 +398,22 @@ class Scenes:
         """
         place = _cell_polygon(cell_grid(epsg, cell, resolution))
         groups: dict[str, dict[int, float]] = {}
-        for index in self._tree.query(place, predicate="intersects"):
+        near = self._tree.query(place, predicate="intersects")
+        shares = shapely.area(shapely.intersection(self._shapes[near], place)) / place.area
+        for index, covered in zip(near, shares.tolist(), strict=True):
             item = self._owner[index]
-            covered = self._areas[index].intersection(place).area / place.area
-            group = groups.setdefault(acquisition_id(self.items[item]), {})
+            group = groups.setdefault(self._acquisitions[item], {})
             group[item] = max(group.get(item, 0.0), covered)
-        chosen = _spread([_Candidate.of(name, group, self.items) for name, group in groups.items()])
+        chosen = _spread([self._candidate(name, group) for name, group in groups.items()])
         return [
             Acquisition(c.id, tuple(sorted((self.items[i] for i in c.members), key=lambda item: item["id"])))
             for c in sorted(chosen[: self.max_scenes], key=lambda c: (c.when, c.id))
         ]
+
+    def _candidate(self, name: str, group: dict[int, float]) -> _Candidate:
+        """group: item -> the share of the cell that it covers."""
+        clear = sum(share * (1 - cloud(self.items[i]) / 100) for i, share in group.items())
+        return _Candidate(name, min(self._moments[i] for i in group), min(clear, 1.0), tuple(group))
 
 
 @dataclass(frozen=True)
@@ -413,11 +422,6 @@ class _Candidate:
     when: datetime
     clear: float
     members: tuple[int, ...]
-
-    @staticmethod
-    def of(name: str, group: dict[int, float], items: list[Item]) -> _Candidate:
-        clear = sum(share * (1 - cloud(items[i]) / 100) for i, share in group.items())
-        return _Candidate(name, min(moment(items[i]) for i in group), min(clear, 1.0), tuple(group))
 
 
 def _spread(candidates: list[_Candidate]) -> list[_Candidate]:

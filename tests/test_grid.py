@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -104,3 +106,45 @@ def test_a_box_of_a_few_pixels_is_found():
         bbox = (lon, 6.3, lon + 0.0043, 6.3043)
         asked = sum(int(tile.inside(bbox).sum()) for grid in grids(bbox) for tile in grid.tiles(2048))
         assert asked == pytest.approx(48 * 48, rel=0.05)
+
+
+def slow_windows(tile, bbox):
+    """Every pixel projected and looked at."""
+    y, x = np.meshgrid(tile.y, tile.x, indexing="ij")
+    lon, lat = Transformer.from_crs(tile.epsg, 4326, always_xy=True).transform(x, y)
+    middle = tile.epsg % 100 * 6 - 183
+    lon = (lon - middle + 180) % 360 - 180 + middle
+    west, south, east, north = bbox
+    east = east if west < east else east + 360
+    wanted = (lat >= south) & (lat < north) & (abs(lon - middle) <= 3) & (lon < middle + 3)
+    wanted &= (lat >= 0) if tile.epsg < 32700 else (lat < 0)
+    wanted &= np.any([(lon + turn >= west) & (lon + turn < east) for turn in (-360, 0, 360)], axis=0)
+    windows = wanted.reshape(tile.height // 256, 256, tile.width // 256, 256).any(axis=(1, 3))
+    rows, columns = np.flatnonzero(windows.any(axis=1)), np.flatnonzero(windows.any(axis=0))
+    return (rows[0], rows[-1] + 1, columns[0], columns[-1] + 1) if rows.size else None
+
+
+@settings(deadline=None, max_examples=8)
+@given(
+    st.sampled_from([-180.0, -66.0, -63.2, -60.0, 177.5, 179.9]),
+    st.sampled_from([-80.0, -33.3, -0.04, 6.2, 59.0, 83.6]),
+    st.sampled_from([0.0001, 0.004, 0.06, 0.3]),
+    st.sampled_from([0.0001, 0.05, 0.2]),
+)
+def test_wanted_windows_are_those_of_the_slow_way(lon, lat, width, height):
+    west, east = lon - width / 2, lon + width / 2
+    west, east = (west + 360 if west < -180 else west), (east - 360 if east > 180 else east)
+    bbox = (west, lat - height / 2, east, lat + height / 2)
+    for grid in grids(bbox, 512):
+        tiles = list(grid.tiles(512))
+        for tile in tiles[:: max(1, len(tiles) // 4)]:
+            assert wanted_windows(tile, bbox) == slow_windows(tile, bbox)
+
+
+def test_a_tile_inside_a_box_is_planned_without_its_pixels():
+    """A country has thousands: none of them may cost the four million pixels that it holds."""
+    tile = Grid(32720, 24 * 20_480.0, 440 * 20_480.0, 2048, 2048)
+    start = time.process_time()
+    for _ in range(50):
+        assert wanted_windows(tile, (-66.0, -20.0, -60.0, -1.0)) == (0, 8, 0, 8)
+    assert (time.process_time() - start) / 50 < 2e-3

@@ -25,8 +25,8 @@ from minemap.cluster import ClusterError
 from minemap.compositing import Rule, composite
 from minemap.demo import DemoConfig, make_demo
 from minemap.errors import InputError, StoreError
-from minemap.grid import grids
 from minemap.mapping import in_zone, plan
+from minemap.report import estimate
 from minemap.scenes import Scenes, search
 from minemap.store import Store
 
@@ -140,6 +140,11 @@ def test_a_second_run_computes_nothing_and_a_lost_tile_is_made_again(made, inner
     assert map_area(inner, "2023", path, keep_composite=True, **options)["super_tiles_computed"] == 0
     record = next((path.with_name("map.zarr.meta") / "ledger").glob("*/*/*.json"))
     record.unlink()
+    told = estimate(plan(inner, "2023", path, keep_composite=True, **options))
+    assert told["super_tiles_done"] == told["super_tiles"] - 1 == first["super_tiles"] - 1
+    assert told["seconds_from"] == f"{told['super_tiles_done']} finished super-tiles" and told["seconds"] > 0
+    afresh = estimate(plan(inner, "2023", path, keep_composite=True, overwrite=True, **options))
+    assert afresh["super_tiles_done"] == 0 and 0 < told["bytes_to_read"] < afresh["bytes_to_read"]
     again = map_area(inner, "2023", path, keep_composite=True, **options)
     assert again["super_tiles_computed"] == 1 and again["km2_mine"] == first["km2_mine"]
     np.testing.assert_array_equal(stored(path).values, before)
@@ -351,24 +356,36 @@ def test_a_dask_cluster_of_processes_gives_the_same_bytes(made, inner, options, 
         np.testing.assert_array_equal(stored(made[0], name).values, stored(tmp_path / "two.zarr", name).values)
 
 
-@pytest.mark.parametrize(("lon", "lat", "zones"), [(-66.0, 6.25, 2), (180.0, -16.5, 2)])
-def test_zones_join_without_gap_or_doubling(lon, lat, zones, model, tmp_path):
-    config = DemoConfig(seed=3, lon=lon, lat=lat, size=384, years=(2023,), scenes_per_year=4, zones="all", cloud=0.05)
+@pytest.mark.parametrize(
+    ("lon", "lat", "size", "borders"),
+    [(15.0, 83.0, (384, 8320), [12.0, 18.0]), (180.0, -16.5, 384, [180.0])],
+    ids=["three zones", "antimeridian"],
+)
+def test_zones_join_without_gap_or_doubling(lon, lat, size, borders, model, tmp_path):
+    """A box over several zones is the union of one run a zone: each pixel that was asked for is there once."""
+    config = DemoConfig(seed=3, lon=lon, lat=lat, size=size, years=(2023,), scenes_per_year=1, zones="all", cloud=0.0)
     scene = make_demo(tmp_path / "scene", config)
     out = tmp_path / "map.zarr"
-    words = {"stac": scene.items, "model": model, "chunk": 512, "min_clear": 1, "max_cloud": 100}
-    summary = map_area(scene.bbox, "2023", out, **words)
-    store = Store(out)
-    assert len(store.groups()) == zones
-    area = 0.0
-    for grid in grids(scene.bbox, 512):
-        percent = stored(out, zone=grid.group).values
-        assert (percent[~grid.owned()] == 255).all()
-        asked = grid.inside(scene.bbox)
-        area += asked.sum() * 1e-4
-        assert (percent[asked] != 255).mean() > 0.97
-    assert summary["km2_total"] == pytest.approx(area, rel=2e-3)
-    assert summary["km2_observed"] / summary["km2_total"] > 0.97
+    words = {"stac": scene.items, "model": model, "chunk": 512, "min_clear": 1, "max_cloud": 100, "masked": (0,)}
+    west, south, east, north = scene.bbox
+    south, north = max(south, lat - 0.006), min(north, lat + 0.006)
+    summary = map_area((west, south, east, north), "2023", out, **words)
+    assert len(Store(out).groups()) == len(borders) + 1
+    parts = [(west, *borders), (*[-180.0 if b == 180 else b for b in borders], east)]
+    found = dict.fromkeys(("km2_total", "km2_observed", "km2_mine"), 0.0)
+    for number, (left, right) in enumerate(zip(*parts, strict=True)):
+        part, box_ = tmp_path / f"{number}.zarr", (left, south, right, north)
+        alone = map_area(box_, "2023", part, **words)
+        found = {name: value + alone[name] for name, value in found.items()}
+        (group,) = Store(part).groups()
+        for name in ("probability", "observations"):
+            np.testing.assert_array_equal(*overlap(stored(out, name, group), stored(part, name, group)))
+        grid = Store(part).grid(group)
+        percent = stored(part, zone=group).values
+        assert (percent[~grid.owned()] == 255).all(), "a pixel of another zone"
+        assert (percent[grid.inside(box_)] != 255).all(), "a gap"
+    assert {name: summary[name] for name in found} == pytest.approx(found, abs=1e-3)
+    assert summary["km2_observed"] == summary["km2_total"] > 4
 
 
 def test_exported_cog_holds_the_maps_pixels(made, tmp_path):
@@ -401,6 +418,17 @@ def begun(out, inner, options):
     while process.poll() is None and not list(ledger.glob("*/*/[!.]*")):
         time.sleep(0.02)
     return process, ledger
+
+
+def test_a_second_process_is_refused_while_the_first_goes_on(made, inner, options, tmp_path):
+    out = tmp_path / "map.zarr"
+    process, _ = begun(out, inner, options)
+    with pytest.raises(StoreError, match="is being written by another run: wait for it"):
+        map_area(inner, "2023", out, keep_composite=True, **options)
+    assert process.wait(timeout=300) == 0
+    assert map_area(inner, "2023", out, keep_composite=True, **options)["super_tiles_computed"] == 0
+    for name in ("probability", "observations", "composite"):
+        np.testing.assert_array_equal(stored(out, name).values, stored(made[0], name).values)
 
 
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT])

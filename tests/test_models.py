@@ -190,3 +190,24 @@ def test_nothing_observed_is_finite() -> None:
     _shake(student.levels)
     with torch.no_grad():
         assert torch.isfinite(student(torch.zeros(1, 6, 64, 64))).all()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "encoder", "norms"),
+    [("minec2fnet", "densenet121", 124), ("fpn", "resnet34", 0), ("unet", "resnet50", 18)],
+)
+def test_a_network_folded_for_inference_is_the_same_function(architecture: str, encoder: str, norms: int) -> None:
+    from minemap.models.folding import for_inference
+
+    name = "encoder" if architecture == "minec2fnet" else "encoder_name"
+    network = models.build(architecture, in_channels=6, **{name: encoder}).eval()
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 2)
+    x = torch.randn(2, 6, 64, 64)
+    with torch.no_grad():
+        before = network(x)
+        folded = for_inference(network)
+        assert torch.allclose(folded(x), before, atol=1e-4 * before.abs().max().item(), rtol=0)
+    assert sum(isinstance(m, torch.nn.BatchNorm2d) for m in folded.modules()) == norms

@@ -21,13 +21,12 @@ from torch import nn
 from minemap.checkpoint import Checkpoint, Recipe, save
 from minemap.compositing import Rule, composite_looks
 from minemap.demo import DemoConfig, observe, plan_looks
-from minemap.inference import native_precision
+from minemap.inference import keep_freed_memory, native_precision
 from minemap.landscape import make_landscape
 from minemap.models.fill import fill_absent
 from minemap.models.minec2fnet import MineC2FNet, teacher_network
 from minemap.sentinel2 import BANDS
 from minemap.tiles import Layout, run_windows
-from minemap.training.loop import keep_freed_memory
 from minemap.training.losses import IGNORE, LossWeights, student_loss
 
 NAME = "demo-2026"
@@ -194,7 +193,7 @@ def train(out: Path) -> Checkpoint:
     """Teacher, then the student that starts from it, then the scores on scenes that neither saw."""
     torch.manual_seed(0)
     torch.set_num_threads(1)  # small layers: a second thread mostly waits
-    keep_freed_memory()
+    keep_freed_memory(2**30, 2**31 - 1)
     scenes = make_scenes(TRAINING_SEEDS, SIZES)
     recipe = make_recipe(scenes)
     teacher = teacher_network(len(BANDS), encoder=OPTIONS["encoder"])

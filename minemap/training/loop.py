@@ -7,7 +7,6 @@ same weights, bit for bit (CPU, float32, same number of threads).
 
 from __future__ import annotations
 
-import ctypes
 import json
 import math
 from contextlib import suppress
@@ -24,6 +23,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from minemap import models
 from minemap.checkpoint import Checkpoint, Recipe, load_model, save
 from minemap.errors import InputError
+from minemap.inference import keep_freed_memory
 from minemap.models.fill import fill_absent
 from minemap.models.minec2fnet import MineC2FNet, teacher_network
 from minemap.models.minenetcd import MineNetCD
@@ -371,12 +371,4 @@ def _trim_log(out: Path, epoch: int) -> None:
 def _prepare_torch(config: TrainConfig) -> None:
     torch.set_num_threads(config.threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
-    keep_freed_memory()
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep what torch frees instead of returning it: page faults halve the speed on a CPU otherwise."""
-    with suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    keep_freed_memory(2**30, 2**31 - 1)

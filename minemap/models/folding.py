@@ -1,0 +1,69 @@
+"""A trained network made quicker for inference: the same function with fewer passes over memory.
+
+On a processor half of a network's time goes into reading and writing activations, not into convolutions.
+
+- A batch norm that follows a convolution is folded into its weights: y = s * (W x + b) + t = (s W) x + (s b + t).
+  DenseNet's other norms come before their convolution, with a ReLU between, and stay.
+- The FPN decoder stacks its four levels and sums the stack; adding one to the next makes no stack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import torch
+from segmentation_models_pytorch.decoders.fpn.decoder import MergeBlock
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torchvision.models.densenet import DenseNet, _DenseLayer
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+
+# Where a convolution's only reader is a norm, by the class that calls the two one after the other
+PAIRS: dict[type[nn.Module], list[tuple[str, str]]] = {
+    _DenseLayer: [("conv1", "norm2")],
+    DenseNet: [("features.conv0", "features.norm0")],
+    ResNet: [("conv1", "bn1")],
+    BasicBlock: [("conv1", "bn1"), ("conv2", "bn2")],
+    Bottleneck: [("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3")],
+}
+
+
+class Added(nn.Module):
+    """The sum of tensors of one shape."""
+
+    def forward(self, tensors: list[Tensor]) -> Tensor:
+        total = tensors[0] + tensors[1]
+        for tensor in tensors[2:]:
+            total += tensor
+        return total
+
+
+def for_inference(network: nn.Module) -> nn.Module:
+    """The network, changed in place; it must be in evaluation mode, and can't be trained any more."""
+    with torch.no_grad():
+        for module in list(network.modules()):
+            for names in _pairs(module):
+                parts: list[Any] = [module.get_submodule(name) for name in names]
+                _put(module, names, fuse_conv_bn_eval(*parts), nn.Identity())
+            for name, child in module.named_children():
+                if isinstance(child, MergeBlock) and child.policy == "add":
+                    setattr(module, name, Added())
+    return network.requires_grad_(False)
+
+
+def _put(module: nn.Module, names: tuple[str, str], *parts: nn.Module) -> None:
+    for name, part in zip(names, parts, strict=True):
+        module.set_submodule(name, part)
+
+
+def _pairs(module: nn.Module) -> Iterator[tuple[str, str]]:
+    for kind, names in PAIRS.items():
+        if isinstance(module, kind):
+            yield from names
+    if isinstance(module, nn.Sequential):
+        children = list(module.named_children())
+        for (conv, first), (norm, second) in pairwise(children):
+            if isinstance(first, nn.Conv2d) and isinstance(second, nn.BatchNorm2d):
+                yield conv, norm
