@@ -194,7 +194,7 @@ def test_nothing_observed_is_finite() -> None:
 
 @pytest.mark.parametrize(
     ("architecture", "encoder", "norms"),
-    [("minec2fnet", "densenet121", 124), ("fpn", "resnet34", 0), ("unet", "resnet50", 18)],
+    [("minec2fnet", "densenet121", 124), ("fpn", "resnet34", 0), ("unet", "resnet50", 0)],
 )
 def test_a_network_folded_for_inference_is_the_same_function(architecture: str, encoder: str, norms: int) -> None:
     from minemap.models.folding import for_inference
