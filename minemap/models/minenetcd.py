@@ -45,18 +45,16 @@ class ComplexLinear(nn.Module):
         self.weight = nn.Parameter(torch.randn(2, GROUPS, width, width) * INIT_SPREAD)  # real, imaginary
         self.bias = nn.Parameter(torch.randn(2, GROUPS, width) * INIT_SPREAD)
 
-    def forward(self, real: Tensor, imaginary: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, h, w, group, channel) twice -> the same twice: (r + ij) W + b in complex numbers."""
-        (wr, wi), (br, bi) = self.weight, self.bias
-        mix = lambda x, w: torch.einsum("nhwgi,gio->nhwgo", x, w)  # noqa: E731
-        return (
-            mix(real, wr) - mix(imaginary, wi) + br,
-            mix(real, wi) + mix(imaginary, wr) + bi,
-        )
+    def forward(self, x: Tensor) -> Tensor:
+        """(group, frequency, real parts then imaginary ones) -> the same: x W + b in complex numbers, one product."""
+        real, imaginary = self.weight
+        whole = torch.cat([torch.cat([real, imaginary], dim=2), torch.cat([-imaginary, real], dim=2)], dim=1)
+        return torch.baddbmm(torch.cat([*self.bias], dim=1)[:, None], x, whole)
 
 
 class ChangeFFT(nn.Module):
     """x + DropPath(inverse(shrink(layers(FFT(norm(x)))))): channels mixed in the frequency domain, in float32.
+
 
     C^2 + 4 C parameters for C channels, and the norm's 2 C. C must be a multiple of four.
     """
@@ -74,12 +72,12 @@ class ChangeFFT(nn.Module):
             return x + self.drop(self._mixed(x.float())).to(x.dtype)
 
     def _mixed(self, x: Tensor) -> Tensor:
-        normed = self.norm(x.permute(0, 2, 3, 1))
-        spectrum = torch.fft.fft2(normed, dim=(1, 2), norm="ortho").unflatten(3, (GROUPS, -1))
-        real, imaginary = self.first(spectrum.real, spectrum.imag)
-        real, imaginary = self.second(F.relu(real), F.relu(imaginary))
-        mixed = torch.complex(F.softshrink(real, SHRINK), F.softshrink(imaginary, SHRINK)).flatten(3)
-        return torch.fft.ifft2(mixed, dim=(1, 2), norm="ortho").real.permute(0, 3, 1, 2)
+        normed = self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        spectrum = torch.fft.fft2(normed, norm="ortho")
+        parts = torch.view_as_real(spectrum).unflatten(1, (GROUPS, -1)).permute(1, 0, 3, 4, 5, 2)
+        mixed = self.second(F.relu(self.first(parts.reshape(GROUPS, -1, 2 * x.shape[1] // GROUPS))))
+        shrunk = F.softshrink(mixed, SHRINK).view(parts.shape).permute(1, 0, 5, 2, 3, 4).contiguous()
+        return torch.fft.ifft2(torch.view_as_complex(shrunk).flatten(1, 2), norm="ortho").real
 
 
 class MineNetCD(nn.Module):

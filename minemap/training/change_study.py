@@ -1,37 +1,45 @@
 """The study of change: does ChangeFFT earn its place, and does either beat the difference of two maps?
 
 `python -m minemap.training.change_study run` trains MineNetCD with and without ChangeFFT on the same seeds, one
-line of results a run, and goes on where it stopped; `... table` prints the tables from those lines. All runs start
-from the encoder of the default model of single dates. A fifth of the training blocks chooses epoch and threshold.
-The validation split is read once, at the end of a run.
+line of results a run, and goes on where it stopped; `... table` prints the tables from those lines.
+
+All runs look through the encoder of the default model of single dates, frozen: the features of one pool of
+augmented batches are computed once and kept, and only ChangeFFT, decoder and head learn. A seed decides their start
+and the order of the batches. A fifth of the training blocks (unseen by that encoder's teacher) chooses the
+threshold. The validation split is read once, at the end of a run.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
-from minemap.checkpoint import DEFAULT_MODEL, load_model
+from minemap import models
+from minemap.checkpoint import DEFAULT_MODEL, Recipe, load_model, save
+from minemap.models.minenetcd import MineNetCD
 from minemap.training import metrics
+from minemap.training.batches import make_batch
 from minemap.training.chips import Chips, load_chips, load_pairs
-from minemap.training.config import make_config
+from minemap.training.config import TrainConfig, make_config
+from minemap.training.evaluate import padded, padding, predict_chips
+from minemap.training.loop import THRESHOLD_RULE, keep_freed_memory, load_sets, make_recipe
+from minemap.training.losses import LossWeights, student_loss
 
-RESULTS = "results.jsonl"
+RESULTS, POOL = "results.jsonl", "pool"
 BASE: dict[str, Any] = {
     "architecture": "minenetcd",
     "start": DEFAULT_MODEL,
-    "freeze_norm": True,
-    "dice": 0.5,
-    "ssim": 0.0,
-    "boundary": 0.0,
-    "selection": "none",
-    "sizes": [*(64,) * 10, 128, 128, 320, 320],
+    "sizes": [*(64,) * 8, 128, 320],
     "scene": 128,
     "scatter": 0.7,
     "scatter_cell": 64,
@@ -40,53 +48,151 @@ BASE: dict[str, Any] = {
     "jitter": 0.07,
     "affine": 0.3,
     "batch": 16,
-    "epochs": 10,
-    "warmup": 1,
-    "learning_rate": 5e-4,
+    "learning_rate": 1.5e-3,
     "weight_decay": 0.01,
-    "schedule": "cosine",
-    "stop": 0,
-    "ema": 0.98,
-    "threads": 1,
 }
+LOSSES = LossWeights(bce=1.0, dice=0.5, ssim=0.0, boundary=0.0)
+BATCHES = 150  # of the pool
+STEPS = 300
+WARMUP = 20  # steps
+SIDE = 128  # pixels that a chip is padded to when it is judged
 MAPS = "difference of two maps"
-METHODS: dict[str, dict[str, Any]] = {"with ChangeFFT": {}, "without ChangeFFT": {"change_fft": False}}
+METHODS: dict[str, bool] = {"with ChangeFFT": True, "without ChangeFFT": False}
 DIRECTIONS = {"gain": "0", "loss": "1"}  # column `date` of the pairs
 KEYS = ("f1", "ciou", "precision", "recall", "accuracy")
+Levels = tuple[list[Tensor], list[Tensor]]  # an encoder's features of the first date and of the second
 
 
-def run(chips: str, out: Path, *, seeds: Sequence[int]) -> None:
-    """The difference of two maps, and every method on every seed; what has a line already is skipped."""
-    out.mkdir(parents=True, exist_ok=True)
+def run(chips: str, out: Path, *, seeds: Sequence[int], maps: bool = True) -> None:
+    """The difference of two maps, and both methods on every seed; what has a line already is skipped."""
+    (out / POOL).mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    keep_freed_memory()
     done = {(row["seed"], row["method"]) for row in read(out)}
-    wanted = [(0, MAPS), *((seed, method) for seed in seeds for method in METHODS)]
-    for seed, method in (pair for pair in wanted if pair not in done):
-        row = difference_of_maps(chips) if method == MAPS else run_one(chips, out, seed=seed, method=method)
-        with (out / RESULTS).open("a") as file:
-            file.write(json.dumps({"seed": seed, "method": method, **row}) + "\n")
+    for seed in seeds:
+        if left := [method for method in METHODS if (seed, method) not in done]:
+            _write(out, run_seed(chips, out, seed=seed, methods=left))
+    if maps and (0, MAPS) not in done:
+        _write(out, [{"seed": 0, "method": MAPS, **difference_of_maps(chips)}])
 
 
-def run_one(chips: str, out: Path, *, seed: int, method: str) -> dict[str, Any]:
-    """Train one method on one seed and read the validation split, once."""
-    from minemap.training.evaluate import predict_chips
-    from minemap.training.loop import train
+def _write(out: Path, rows: list[dict[str, Any]]) -> None:
+    with (out / RESULTS).open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
 
-    folder = str(out / f"{method.split()[0]}-{seed}")
-    checkpoint = train(make_config(BASE | METHODS[method] | {"data": [chips], "out": folder, "seed": seed}))
+
+def run_seed(chips: str, out: Path, *, seed: int, methods: list[str]) -> list[dict[str, Any]]:
+    """Train some methods on one seed, side by side, and read the validation split once."""
+    config = make_config(BASE | {"data": [chips], "out": str(out)})
+    recipe = make_recipe(config)
+    networks = {method: start(config, seed, method) for method in methods}
+    batches = pool(config, recipe, next(iter(networks.values())), out / POOL, seed)
+    train_heads(networks, batches, config)
+    _, (held, *_) = load_sets(config)
+    thresholds = {m: _threshold(p, held) for m, p in predict_both(networks, recipe, held).items()}
     val = load_pairs(chips).split("val").decided()
-    probability = predict_chips(checkpoint.network(), checkpoint.recipe, val, precision="bf16")
-    counts = by_direction(probability >= checkpoint.recipe.threshold, val)
-    held = checkpoint.recipe.metrics["holdout"]["mine_iou"]
-    return {"threshold": checkpoint.recipe.threshold, "holdout_ciou": held, "counts": counts}
+    answers = predict_both(networks, recipe, val)
+    rows = []
+    for method, network in networks.items():
+        made = replace(recipe, threshold=thresholds[method], threshold_rule=THRESHOLD_RULE)
+        made = replace(made, options=made.options | {"change_fft": METHODS[method]})
+        save(out / f"{method.split()[0]}-{seed}", network, made)
+        counts = by_direction(answers[method] >= thresholds[method], val)
+        rows.append({"seed": seed, "method": method, "threshold": thresholds[method], "counts": counts})
+    return rows
+
+
+def start(config: TrainConfig, seed: int, method: str) -> MineNetCD:
+    """A network with the default model's encoder, frozen, and the rest random."""
+    torch.manual_seed(seed)
+    options = make_recipe(config).options | {"change_fft": METHODS[method]}
+    network: Any = models.build(config.architecture, **options)
+    network.start_from(load_model(config.start).network())
+    network.encoder.requires_grad_(False)
+    return network.to(memory_format=torch.channels_last)
+
+
+def pool(
+    config: TrainConfig, recipe: Recipe, network: MineNetCD, folder: Path, seed: int
+) -> Iterator[tuple[Levels, Tensor]]:
+    """Features and targets of STEPS batches, in an order of the seed's; what is not in the folder yet is made."""
+    sets, _ = load_sets(config)
+    rng = np.random.default_rng(seed)
+    rounds = [rng.permutation(BATCHES) for _ in range(math.ceil(STEPS / BATCHES))]
+    for number in np.concatenate(rounds)[:STEPS].tolist():
+        path = folder / f"{number}.pt"
+        if not path.exists():
+            image, target = make_batch(sets, config, recipe, number)
+            draft = folder / f".{number}-{seed}.pt"
+            torch.save((levels_of(network, image), target), draft)
+            draft.replace(path)
+        levels, target = torch.load(path, weights_only=True, mmap=True)
+        yield levels, target
+
+
+def levels_of(network: MineNetCD, image: Tensor) -> Levels:
+    """The encoder's features of both dates of a batch (N, 2 C, H, W), bfloat16."""
+    network.encoder.eval()
+    dates = torch.cat(image.chunk(2, dim=1)).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        halves = [level.bfloat16().chunk(2) for level in network.features(dates)]
+    return [before.clone() for before, _ in halves], [after.clone() for _, after in halves]
+
+
+def train_heads(
+    networks: dict[str, MineNetCD], batches: Iterator[tuple[Levels, Tensor]], config: TrainConfig
+) -> None:
+    """Train everything but the encoder on the same batches: AdamW, linear warm-up, cosine to zero."""
+    options = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    learning = {m: [p for p in n.parameters() if p.requires_grad] for m, n in networks.items()}
+    optimisers = {m: torch.optim.AdamW(parameters, **options) for m, parameters in learning.items()}
+    for network in networks.values():
+        network.train()
+        network.encoder.eval()
+    for step, ((before, after), target) in enumerate(batches):
+        for method, network in networks.items():
+            torch.manual_seed(config.seed * 1_000_003 + step)
+            rate = min(1.0, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * step / STEPS))
+            optimisers[method].param_groups[0]["lr"] = config.learning_rate * rate
+            with torch.autocast("cpu", torch.bfloat16):
+                logits = network.compare(before, after)
+            loss = student_loss(logits, target, LOSSES)
+            optimisers[method].zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(learning[method], config.clip)
+            optimisers[method].step()
+            if step % 10 == 0:
+                print(step, method, round(float(loss.detach()), 4), flush=True)
+
+
+def predict_both(
+    networks: dict[str, MineNetCD], recipe: Recipe, pairs: Chips, side: int = SIDE
+) -> dict[str, NDArray[np.float32]]:
+    """Probability of change, float32 (n, y, x), of networks that share one encoder.
+
+    pairs: as `load_pairs` gives them, each in both orders, one after the other: features are computed once.
+    """
+    pads = [padding(n, recipe.stride, side) for n in pairs.mask.shape[1:]]
+    crop = [slice(p[0], p[0] + n) for p, n in zip(pads, pairs.mask.shape[1:], strict=True)]
+    found: dict[str, list[NDArray[np.float32]]] = {method: [] for method in networks}
+    forward = pairs.where(pairs.column("date") == DIRECTIONS["gain"])
+    for image in padded(forward, recipe, pads):
+        before, after = levels_of(next(iter(networks.values())), image)
+        for method, network in networks.items():
+            network.eval()
+            with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+                both = torch.cat([network.compare(before, after), network.compare(after, before)], dim=1)
+            found[method].append(both.float().sigmoid()[:, :, crop[0], crop[1]].numpy())
+    return {method: np.concatenate(parts).reshape(pairs.mask.shape) for method, parts in found.items()}
+
+
+def _threshold(probability: NDArray[np.float32], pairs: Chips) -> float:
+    """At which the area changed is right, gain and loss together."""
+    return round(metrics.area_unbiased_threshold(probability, pairs.mask), 3)
 
 
 def difference_of_maps(chips: str) -> dict[str, Any]:
     """The default model's map of each date, thresholded: mine in the one and not in the other."""
-    import torch
-
-    from minemap.training.evaluate import predict_chips
-
-    torch.set_num_threads(1)
     model = load_model()
     dates = load_chips(chips)
     pairs = load_pairs(chips)
@@ -176,10 +282,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("action", choices=("run", "table"))
     parser.add_argument("--chips", help="mines6/chips.npz")
     parser.add_argument("--out", type=Path, default=Path("runs/change"))
+    parser.add_argument("--without-maps", action="store_true", help="leave out the difference of two maps")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     args = parser.parse_args(arguments)
     if args.action == "run":
-        run(args.chips, args.out, seeds=args.seeds)
+        run(args.chips, args.out, seeds=args.seeds, maps=not args.without_maps)
     print(table(read(args.out)))
 
 

@@ -51,7 +51,7 @@ def predict_chips(
     pads = [padding(n, recipe.stride, side) for n in chips.image.shape[-2:]]
     crop = (slice(None), 0, *(slice(p[0], p[0] + n) for p, n in zip(pads, chips.image.shape[-2:], strict=True)))
     found = []
-    for image in _normalised(chips, recipe, pads):
+    for image in padded(chips, recipe, pads):
         with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             logits = network(image.to(device, memory_format=torch.channels_last))
         found.append(logits.float().sigmoid().cpu().numpy()[crop])
@@ -79,7 +79,8 @@ def padding(size: int, stride: int, seen: int) -> tuple[int, int]:
     return spare // 2, spare - spare // 2
 
 
-def _normalised(chips: Chips, recipe: Recipe, pads: list[tuple[int, int]]) -> Iterator[torch.Tensor]:
+def padded(chips: Chips, recipe: Recipe, pads: list[tuple[int, int]]) -> Iterator[torch.Tensor]:
+    """Batches of chips as a network takes them, reflected by `pads` before and after in y and x."""
     height, width = (n + sum(p) for n, p in zip(chips.image.shape[-2:], pads, strict=True))
     batch = max(1, PIXELS // (height * width))
     for start in range(0, len(chips), batch):
