@@ -13,40 +13,72 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
+from urllib.parse import urlsplit
 
 import numpy as np
 
 from . import __version__
 from .areas import first_year, read_periods
-from .cluster import check_workers, connect
+from .checkpoint import DEFAULT_CHANGE_MODEL, Checkpoint, load_model
+from .cluster import check_workers, connect, worker_count
+from .compositing import Rule
 from .errors import InputError, StoreError
 from .grid import Grid, pixel_area_km2
-from .inference import NOT_OBSERVED, mine_from
-from .mapping import AOI, Work, inside_aoi, run_tiles
-from .scenes import Period, parse_period
+from .inference import NOT_OBSERVED, Settings, mine_from, probability
+from .mapping import AOI, Reading, Work, inside_aoi, read_image, run_tiles
+from .reader import Access
+from .scenes import Period, Source, parse_period
+from .sentinel2 import NODATA
 from .store import Store, parameters_hash
 
 if TYPE_CHECKING:
     import pandas as pd
     from distributed import Client
 
-METHODS = ("maps",)
+METHODS = ("maps", "minenetcd")
 NEVER, BOTH, GAIN, LOSS = range(4)
 CLASSES = ("never_km2", "both_km2", "gain_km2", "loss_km2", "not_observed_km2")
 SERIES = 3  # periods of a zone from which it has a first year worth telling
+SCALE = 10_000  # of a kept composite
 TABLES = (".csv", ".parquet")
+
+
+@dataclass(frozen=True)
+class Detector:
+    """A network of change and how it is run. threshold: probability from which a pixel has changed, 0-1. readings: of
+    both dates, for the images that the network sees where the map has not kept them. sharing: processes that
+    share a machine's cores."""
+
+    checkpoint: Checkpoint
+    precision: str
+    threshold: float
+    readings: tuple[Reading, Reading]
+    sharing: int = 1
+
+    def __call__(self, inner: Grid) -> np.ndarray:
+        """Gain above zero and loss below it, probabilities, float32 (y, x), NaN where neither date is observed."""
+        halo = self.checkpoint.recipe.halo
+        images = [_kept_image(inner, halo, how) for how in self.readings]
+        both = [
+            read_image(inner, halo, how)[0] if kept is None else kept
+            for kept, how in zip(images, self.readings, strict=True)
+        ]
+        settings = Settings.for_machine(self.precision, self.sharing)  # of the machine that computes
+        return probability(np.concatenate(both), self.checkpoint, settings)
 
 
 @dataclass(frozen=True)
 class Comparison:
     """What every task of a run shares. store: of the change; map: what it is made from; period: from the first day
-    of the earlier date to the last of the later. limit: whole per cent from which a pixel of a map is mine."""
+    of the earlier date to the last of the later. limit: whole per cent from which a pixel of a map is mine. detector:
+    None to compare the two maps alone."""
 
     store: Store
     map: Store
@@ -54,6 +86,7 @@ class Comparison:
     after: Period
     limit: int
     series: dict[str, list[Period]]  # group -> its periods, where they are enough for a first year
+    detector: Detector | None = None
 
     counted: ClassVar[tuple[str, ...]] = (*CLASSES, "computed")
 
@@ -77,15 +110,25 @@ class Comparison:
         return {**counts, "computed": 1.0}
 
     def source(self, tile: Grid) -> str:
-        """A digest of the map's records of all periods that the super-tile's answer depends on."""
+        """A digest of the map's records that the super-tile's answer depends on."""
         periods = [self.before, self.after, *self.series.get(tile.group, [])]
         records = [self.map.record(tile, period) for period in periods]
+        if self.detector is not None:  # it looks over the edge
+            sides = [(y * tile.height, x * tile.width) for y in (-1, 0, 1) for x in (-1, 0, 1)]
+            around = [tile.window(*side, tile.height, tile.width) for side in sides]
+            records += [self.map.record(near, period) for near in around for period in periods[:2]]
         return hashlib.sha256(json.dumps(records, sort_keys=True).encode()).hexdigest()
 
     def classes(self, work: Work) -> np.ndarray:
         """Class of each pixel of a super-tile, uint8 (y, x)."""
         before, after = read_periods(self.map, work.tile, [self.before, self.after])
-        return compare(before, after, self.limit)
+        if self.detector is None:
+            return compare(before, after, self.limit)
+        inner, out = work.inner, np.full(work.tile.shape, NOT_OBSERVED, np.uint8)
+        row, column = inner.offset_in(work.tile)
+        part = slice(row, row + inner.height), slice(column, column + inner.width)
+        out[part] = detect(before[part], after[part], self.detector(inner), self.limit, self.detector.threshold)
+        return out
 
     def first_year(self, tile: Grid, periods: list[Period]) -> np.ndarray:
         """First year seen as mine, uint16 (y, x). One period is held at a time."""
@@ -118,6 +161,30 @@ def compare(before: np.ndarray, after: np.ndarray, limit: int) -> np.ndarray:
     return np.where(unseen, NOT_OBSERVED, classes).astype(np.uint8)
 
 
+def detect(before: np.ndarray, after: np.ndarray, signed: np.ndarray, limit: int, threshold: float) -> np.ndarray:
+    """The same classes with gain and loss from a network: float32 (y, x), probability of gain, of loss below zero.
+
+    Where it sees no change a pixel has one state, which the mean of both maps decides.
+    """
+    mine = before.astype(np.uint16) + after >= 2 * limit
+    classes = np.select([signed >= threshold, signed <= -threshold, mine], [GAIN, LOSS, BOTH], NEVER)
+    unseen = (before == NOT_OBSERVED) | (after == NOT_OBSERVED) | np.isnan(signed)
+    return np.where(unseen, NOT_OBSERVED, classes).astype(np.uint8)
+
+
+def _kept_image(inner: Grid, halo: int, how: Reading) -> np.ndarray | None:
+    """The composite that a map has kept, float32 (band, y + 2 halo, x + 2 halo), NaN where it has nothing, or None.
+
+    Beyond the edge of what was mapped there is nothing, where an image read from the source would go on.
+    """
+    kept = how.store.kept_bands(inner.group)
+    if kept is None or not set(how.bands) <= set(kept):
+        return None
+    index = how.store.periods(inner.group).index(how.period)
+    stored = how.store.read_around(inner.buffered(halo), index, "composite")[[kept.index(b) for b in how.bands]]
+    return np.where(stored == NODATA, np.float32(np.nan), stored / np.float32(SCALE))
+
+
 def as_mine(percent: np.ndarray, limit: int) -> np.ndarray:
     """1 mine, 0 not, 255 not observed, uint8."""
     return np.where(percent == NOT_OBSERVED, NOT_OBSERVED, percent >= limit).astype(np.uint8)
@@ -130,6 +197,7 @@ def change(
     after: str | Period,
     out: str | Path,
     method: str = "maps",
+    model: str | Path | None = None,
     table: str | Path | None = None,
     threshold: float | None = None,
     overwrite: bool = False,
@@ -140,23 +208,27 @@ def change(
 ) -> dict[str, Any]:
     """Compares two periods of the map `path` into the store `out`; returns what `minemap change --json` prints.
 
-    before, after: two of the map's periods, as its dates were given. method: "maps", two maps thresholded. table: a
-    .csv or .parquet file of areas to write. threshold: probability from which a pixel is mine, 0-1; the model's own
-    when None. cluster, workers, client, progress: as of `map_area`. A second run goes on where a first one stopped.
+    before, after: two of the map's periods, as its dates were given. method: "maps", two maps thresholded, or
+    "minenetcd", a network that sees both composites: those that the map has kept (keep_composite), else read again
+    from the scenes that the map froze. model: of "minenetcd", a name or path. table: a .csv or .parquet file of areas
+    to write. threshold: probability from which a pixel is mine ("maps") or has changed ("minenetcd"), 0-1; the
+    model's own when None. cluster, workers, client, progress: as of `map_area`. A second run goes on where a first
+    one stopped.
 
     The store has a group for each zone of the map: `change` uint8 (y, x), 0 never mine, 1 mine at both dates, 2 gain,
     3 loss, 255 not observed at both; and `first_year` uint16 (y, x), 0 = never, where the map has at least three
     periods. Raises subclasses of MinemapError.
     """
     start = time.monotonic()
-    plan = Plan.of(path, before, after, out, method=method, table=table, threshold=threshold)
+    plan = Plan.of(path, before, after, out, method=method, model=model, table=table, threshold=threshold)
     store = plan.job.store
     store.check(plan.parameters, plan.grids, overwrite=overwrite)
     with connect(cluster, workers) if client is None else nullcontext(client) as connected, store.locked():
         if connected is not None:
             check_workers(connected, store.meta)
         plan.prepare(overwrite=overwrite)
-        counts = run_tiles(plan.work, plan.job, connected, progress, gpu=cluster == "gpu")
+        job = plan.shared_by(worker_count(connected))
+        counts = run_tiles(plan.work, job, connected, progress, gpu=cluster == "gpu")
     frame = area_table(plan, counts)
     if plan.table is not None:
         write_table(frame, plan.table)
@@ -181,6 +253,7 @@ class Plan:
         out: str | Path,
         *,
         method: str,
+        model: str | Path | None,
         table: str | Path | None,
         threshold: float | None,
     ) -> Plan:
@@ -194,9 +267,22 @@ class Plan:
         first, second = find_period(source, before), find_period(source, after)
         if first.end >= second.start:
             raise InputError(f"before ({first}) must end earlier than after ({second}) starts: choose other dates")
-        limit = about["recipe"]["threshold"] if threshold is None else threshold
+        work = _common_work(source, first, second)
+        limit = about["recipe"]["threshold"]
+        if method == "minenetcd":
+            detector = _detector(source, (first, second), model, threshold)
+            job = Comparison(store, source, first, second, mine_from(limit), _series(source), detector)
+            return Plan(job, method, detector.threshold, target, work)
+        if model is not None:
+            raise InputError(f"model {model} is for method minenetcd: two maps are compared without one")
+        limit = limit if threshold is None else threshold
         job = Comparison(store, source, first, second, mine_from(limit), _series(source))
-        return Plan(job, method, limit, target, _common_work(source, first, second))
+        return Plan(job, method, limit, target, work)
+
+    def shared_by(self, processes: int) -> Comparison:
+        """The job for one of so many processes on a machine's cores."""
+        detector = self.job.detector
+        return replace(self.job, detector=detector and replace(detector, sharing=processes))
 
     @cached_property
     def about(self) -> dict[str, Any]:
@@ -211,8 +297,12 @@ class Plan:
     @property
     def parameters(self) -> dict[str, Any]:
         """What identifies a result."""
+        detector = self.job.detector
         return {
             "method": self.method,
+            "change_model": detector and detector.checkpoint.recipe.name,
+            "change_model_sha256": detector and detector.checkpoint.sha256,
+            "precision": detector and detector.precision,
             "before": str(self.job.before),
             "after": str(self.job.after),
             "threshold": self.threshold,
@@ -241,6 +331,32 @@ class Plan:
             "parameters": self.parameters,
             "parameters_hash": parameters_hash(self.parameters),
         }
+
+
+def _detector(
+    source: Store, periods: tuple[Period, Period], model: str | Path | None, threshold: float | None
+) -> Detector:
+    checkpoint = load_model(DEFAULT_CHANGE_MODEL if model is None else model)
+    recipe, parameters = checkpoint.recipe, source.attributes()["parameters"]
+    if recipe.dates != 2:
+        raise InputError(f"model {recipe.name} looks at one date: give one of change, as {DEFAULT_CHANGE_MODEL}")
+    if recipe.resolution != parameters["resolution"]:
+        said = (
+            f"model {recipe.name} was trained at {recipe.resolution:g} m, the map has {parameters['resolution']:g} m"
+        )
+        warnings.warn(f"{said}: how good its changes are is not known", stacklevel=4)
+    before, after = (_reading(source, period, recipe.bands) for period in periods)
+    limit = recipe.threshold if threshold is None else threshold
+    return Detector(checkpoint, parameters["precision"], limit, (before, after))
+
+
+def _reading(store: Store, period: Period, bands: tuple[str, ...]) -> Reading:
+    """How the map itself read its images, from what it keeps of its parameters."""
+    p = store.attributes()["parameters"]
+    local = urlsplit(p["source"]).scheme not in ("http", "https")
+    where = Source(p["source"], p["source"], p["collection"], is_file=local)
+    rule = Rule(**{**p["composite"], "masked": tuple(p["composite"]["masked"])})
+    return Reading(store, period, bands, rule, Access.of(where), p["reader"])
 
 
 def find_period(store: Store, date: str | Period) -> Period:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import torch
 
 DEFAULT_MODEL = "south-america-2026"
+DEFAULT_CHANGE_MODEL = "change-2026"
 WEIGHTS, RECIPE, SUMS = "weights.safetensors", "recipe.json", "SHA256SUMS"
 BUNDLED = Path(__file__).parent / "weights"
 # Indices that a network may take after its bands: name -> (plus, minus), the index is (p - m) / (p + m).
@@ -77,6 +78,11 @@ class Recipe:
             (self.halo >= 0 and 2 * self.halo % max(self.stride, 1) == 0, f"halo {self.halo} is off-stride"),
             (self.resolution > 0, f"resolution {self.resolution} must be above 0"),
         ]
+
+    @property
+    def dates(self) -> int:
+        """Dates that the network looks at together: one for a map, two for change."""
+        return 2 if self.architecture == "minenetcd" else 1
 
     def normalise(self, reflectance: NDArray[np.float32]) -> NDArray[np.float32]:
         """Scale reflectance to what the network takes.

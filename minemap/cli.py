@@ -272,7 +272,8 @@ def _add_change(p: argparse.ArgumentParser) -> None:
     p.add_argument("--out", required=True, help="the Zarr store to make, or to go on with")
     p.add_argument("--table", metavar="FILE", help="areas of each class by zone, .csv or .parquet")
     p.add_argument("--method", choices=("maps", "minenetcd"), default="maps", help="how to compare (maps)")
-    p.add_argument("--threshold", type=float, help="probability from which a pixel is mine (maps: the map's model's)")
+    p.add_argument("--model", metavar="NAME|PATH", help="of --method minenetcd: a known one or a checkpoint's folder")
+    p.add_argument("--threshold", type=float, help="probability from which a pixel is mine, or has changed (model's)")
     p.add_argument("--cluster", metavar="KIND", help="local, gpu, or a scheduler's address (tcp://HOST:PORT)")
     p.add_argument("--workers", type=int, metavar="N", help="processes of --cluster local or gpu")
     p.add_argument("--overwrite", action="store_true", help="replace what was made with other parameters")
@@ -282,7 +283,7 @@ def _add_change(p: argparse.ArgumentParser) -> None:
 def _change(a: argparse.Namespace) -> None:
     from .changes import change, told
 
-    names = ("before", "after", "out", "table", "method", "threshold", "cluster", "workers", "overwrite")
+    names = ("before", "after", "out", "table", "method", "model", "threshold", "cluster", "workers", "overwrite")
     with _progress(a) as progress:
         summary = change(a.map, **{name: getattr(a, name) for name in names}, progress=progress)
     _say(a, summary, told(summary))

@@ -85,6 +85,7 @@ def predict(image: xr.DataArray, checkpoint: Checkpoint, *, precision: str | Non
     lacks counts as absent. Windows lie at multiples of 256 px of the zone; what lies outside the image counts as
     not observed, so the pixels are a map's in every window whose full 320 px lie inside.
     """
+    one_date(checkpoint)
     settings = Settings.for_machine(precision)
     size, halo = checkpoint.recipe.window, checkpoint.recipe.halo
     wanted = image.reindex(band=list(checkpoint.recipe.bands)).transpose("band", "y", "x")
@@ -99,6 +100,12 @@ def predict(image: xr.DataArray, checkpoint: Checkpoint, *, precision: str | Non
     kept = {name: image.coords[name] for name in ("y", "x", "spatial_ref") if name in image.coords}
     attrs = {"long_name": "probability of mine", "units": "percent", "model": checkpoint.recipe.name}
     return trimmed.assign_coords(kept).assign_attrs(attrs).rename("probability")
+
+
+def one_date(checkpoint: Checkpoint) -> None:
+    """Raises InputError for a network that compares two dates."""
+    if checkpoint.recipe.dates != 1:
+        raise InputError(f"model {checkpoint.recipe.name} compares two dates: it is for minemap change, not for maps")
 
 
 def _margins(image: xr.DataArray, size: int) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -149,7 +156,8 @@ def mine_from(threshold: float) -> int:
 def probability(image: np.ndarray, checkpoint: Checkpoint, settings: Settings) -> np.ndarray:
     """Probability of mine, float32 (y, x), NaN where not observed, of an image with its halo.
 
-    image: float32 (band, y + 2 halo, x + 2 halo), bands in the checkpoint's order, whole windows in y and x.
+    image: float32 (band, y + 2 halo, x + 2 halo), bands in the checkpoint's order, whole windows in y and x. For a
+    network of two dates: the bands of both, and the answer is `signed`, NaN where neither is observed.
     One image at a time in a process: the network is behind a lock.
     """
     return probability_and_batch(image, checkpoint, settings)[0]
@@ -182,6 +190,7 @@ class Runner:
         self.lock = threading.Lock()
         self.batch = BATCH[self.device]
         self.network = for_inference(checkpoint.network()).to(self.device).to(memory_format=torch.channels_last)
+        self.forward: Any = self.network.both_ways if self.recipe.dates == 2 else self.network
         streams = settings.streams if self.device == "cpu" else 1
         self.pool = ThreadPoolExecutor(streams, "network", initializer=torch.set_num_threads, initargs=(1,))
 
@@ -220,11 +229,20 @@ class Runner:
     def _answer(self, windows: np.ndarray) -> np.ndarray:
         import torch
 
-        x = torch.from_numpy(self.recipe.normalise(windows)).to(self.device)
+        dates = windows.reshape(len(windows), self.recipe.dates, -1, *windows.shape[2:])
+        scaled = self.recipe.normalise(dates).reshape(len(windows), -1, *windows.shape[2:])
+        x = torch.from_numpy(scaled).to(self.device)
         bf16 = self.settings.precision == "bf16"
         with torch.inference_mode(), torch.autocast(self.device, torch.bfloat16, enabled=bf16):
-            logits = self.network(x.contiguous(memory_format=torch.channels_last))
-        return torch.sigmoid(logits.float())[:, 0].cpu().numpy()
+            logits = self.forward(x.contiguous(memory_format=torch.channels_last))
+        chance = torch.sigmoid(logits.float()).cpu().numpy()
+        return chance[:, 0] if self.recipe.dates == 1 else signed(chance)
+
+
+def signed(chance: np.ndarray) -> np.ndarray:
+    """Probabilities of gain and loss (N, 2, y, x) as one (N, y, x): the larger one, loss below zero."""
+    gain, loss = chance[:, 0], chance[:, 1]
+    return np.where(gain >= loss, gain, -loss)
 
 
 def keep_freed_memory(block: int = 2**26, kept: int = 2**28) -> None:

@@ -28,7 +28,7 @@ from .compositing import Rule, composite_layers
 from .cube import READERS, load_layers
 from .errors import ClusterError, InputError, NoItemsError, ReadError, StoreError
 from .grid import CHUNK, CHUNKS, WINDOW, BBox, Grid, cell_side, check_bbox, grids, pixel_area_km2, wanted_windows
-from .inference import NOT_OBSERVED, Settings, mine_from, percent, probability_and_batch
+from .inference import NOT_OBSERVED, Settings, mine_from, one_date, percent, probability_and_batch
 from .reader import Access, read_overview
 from .scenes import (
     Acquisition,
@@ -255,6 +255,7 @@ def plan(bbox: BBox, date: str | Period, out: str | Path | None = None, **option
     parse_months(o.months)
     area = load_aoi(o.aoi) if o.aoi else None
     sensor, checkpoint = sensor_at(where), load_model(o.model)
+    one_date(checkpoint)
     if checkpoint.recipe.window != WINDOW:
         raise InputError(
             f"model {checkpoint.recipe.name} has windows of {checkpoint.recipe.window} px, maps have {WINDOW}"

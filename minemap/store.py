@@ -275,6 +275,23 @@ class Store:
         y, x = slice(row, row + tile.height), slice(column, column + tile.width)
         return np.asarray(_array(zone, name)[(y, x) if index is None else (index, ..., y, x)])
 
+    def read_around(self, wanted: Grid, index: int, name: str) -> np.ndarray:
+        """Like `read_tile`, of a place that may reach beyond what the store covers: 0 there."""
+        whole = self.grid(wanted.group)
+        row, column = wanted.offset_in(whole)
+        top, left = max(0, -row), max(0, -column)
+        height = min(wanted.height, whole.height - row) - top
+        width = min(wanted.width, whole.width - column) - left
+        inside = self.read_tile(wanted.window(top, left, height, width), index, name)
+        after = wanted.height - top - height, wanted.width - left - width
+        pads = [(0, 0)] * (inside.ndim - 2) + [(top, after[0]), (left, after[1])]
+        return np.pad(inside, pads)
+
+    def kept_bands(self, group: str) -> list[str] | None:
+        """Bands of the composite that a map has kept, None where it has not."""
+        zone = self._zone(group)
+        return list(_array(zone, "composite").attrs["bands"]) if "composite" in zone else None  # type: ignore[arg-type]
+
     def record_path(self, tile: Grid, period: Period) -> Path:
         side = tile.width * tile.resolution
         name = f"{round(tile.left / side)}_{round(tile.top / side)}.json"

@@ -4,25 +4,35 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pandas as pd
 import pytest
-import rioxarray  # noqa: F401 (registers the .rio accessor)
+import rioxarray
+import torch
 import xarray as xr
 from pyproj import Geod
+from scipy import ndimage
 from shapely.geometry import box
 from test_areas import BOX, EDGE, store_of
 
 import minemap
 from minemap.changes import CLASSES, compare, told
+from minemap.checkpoint import Recipe, save
+from minemap.demo import DemoConfig, make_demo
 from minemap.errors import InputError, StoreError
 from minemap.grid import pixel_area_km2
+from minemap.models import build
 from minemap.scenes import parse_period
+from minemap.sentinel2 import BANDS
 from minemap.store import Store
 
 YEARS = (2019, 2021, 2023)
 GROUP = "utm32620"
+CLASS_TOTALS = [f"km2_{name.removesuffix('_km2')}" for name in CLASSES]
 
 
 def paint(grid, year):
@@ -57,9 +67,9 @@ def test_every_pixel_has_its_class(made, tmp_path):
     assert data.rio.crs.to_epsg() == 32620 and np.array_equal(data.y, grid.y) and np.array_equal(data.x, grid.x)
     assert data.rio.transform(recalc=True) == grid.transform
     area, (zone, total) = pixel_area_km2(grid), pd.read_csv(tmp_path / "t.csv").to_dict("records")
-    for name, value in zip(CLASSES, (0, 1, 2, 3, 255), strict=True):
+    for name, told_as, value in zip(CLASSES, CLASS_TOTALS, (0, 1, 2, 3, 255), strict=True):
         assert zone[name] == pytest.approx(area[expected == value].sum(), abs=1e-6) == total[name]
-        assert summary[f"km2_{name.removesuffix('_km2')}"] == pytest.approx(zone[name], abs=1e-4)
+        assert summary[told_as] == pytest.approx(zone[name], abs=1e-4)
     assert total["common_observed_fraction"] == pytest.approx((kind != 5).mean(), rel=1e-3)
     assert (zone["zone"], total["zone"]) == (GROUP, "total")
     assert f"{summary['km2_gain']:,.2f} km² gained" in told(summary)
@@ -89,22 +99,23 @@ def test_zones_together_are_the_box(tmp_path, model):
     assert summary["km2_never"] == summary["km2_loss"] == summary["km2_not_observed"] == 0
 
 
-def test_a_second_run_goes_on_where_the_first_stopped(made, tmp_path):
-    out, again = tmp_path / "change.zarr", tmp_path / "again.zarr"
-    first = minemap.change(made, before="2019", after="2023", out=out)
-    whole = files(out)
-    store = Store(out, "change")
-    one, another = list(store.grid(GROUP).tiles(512))[:2]
-    for tile in (one, another):  # killed before their records,
-        store.record_path(tile, parse_period("2019/2023")).unlink()
-    (out / GROUP / "change" / "c" / "0" / "1").unlink()  # and once before the data
+def test_a_killed_run_goes_on(made, tmp_path):
+    out, whole = tmp_path / "change.zarr", tmp_path / "whole.zarr"
+    first = minemap.change(made, before="2019", after="2023", out=whole)
+    words = ["change", made, "--before", "2019", "--after", "2023", "--out", out, "--quiet"]
+    running = subprocess.Popen([sys.executable, "-m", "minemap", *map(str, words)])
+    ledger = tmp_path / "change.zarr.meta" / "ledger"
+    while running.poll() is None and not list(ledger.rglob("[!.]*.json")):
+        time.sleep(0.005)
+    running.kill()
+    running.wait()
+    store, period = Store(out, "change"), parse_period("2019/2023")
+    tile = next(t for t in store.grid(GROUP).tiles(512) if store.record(t, period))
+    store.record_path(tile, period).unlink()  # and as if killed before a record
     second = minemap.change(made, before="2019", after="2023", out=out)
-    assert first["super_tiles"] == first["super_tiles_computed"] > 2 == second["super_tiles_computed"]
-    assert [second[k] for k in sorted(first) if k.startswith("km2")] == [
-        first[k] for k in sorted(first) if k.startswith("km2")
-    ]
-    minemap.change(made, before="2019", after="2023", out=again, cluster="local", workers=2)
-    assert files(out) == whole == files(again)
+    assert 1 <= second["super_tiles_computed"] <= second["super_tiles"] == 4
+    assert {k: second[k] for k in CLASS_TOTALS} == {k: first[k] for k in CLASS_TOTALS}
+    assert files(out) == files(whole)
 
 
 def test_what_was_mapped_again_is_compared_again(made, tmp_path, model):
@@ -142,6 +153,8 @@ def test_places_mapped_at_one_date_are_left_out(tmp_path, model):
         ({"before": "2023", "after": "2019"}, "must end earlier"),
         ({"after": "2019"}, "must end earlier"),
         ({"method": "guess"}, "unknown method 'guess'"),
+        ({"model": "demo-2026"}, "is for method minenetcd"),
+        ({"method": "minenetcd", "model": "demo-2026"}, "model demo-2026 looks at one date"),
         ({"threshold": 50.0}, "threshold 50.0 is a probability"),
         ({"table": "areas.xlsx"}, "can't write a table to 'areas.xlsx'"),
         ({"out": "s3://bucket/change.zarr"}, "is an address"),
@@ -174,3 +187,131 @@ def test_command_line(made, tmp_path, minemap):
     assert "km² gained" in minemap(*words, "--quiet", "--debug").stdout + minemap(*words).stdout
     wrong = minemap("change", made, "--before", 2020, "--after", 2023, "--out", tmp_path / "other.zarr")
     assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and "its periods are" in wrong.stderr
+
+
+# --- on the demo scene ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def two_years(tmp_path_factory):
+    config = DemoConfig(seed=5, size=384, years=(2019, 2023), scenes_per_year=4, cloud=0.1)
+    return make_demo(tmp_path_factory.mktemp("years"), config)
+
+
+@pytest.fixture(scope="module")
+def mapped(two_years, tmp_path_factory):
+    """Both years by the demo's own model, with their composites."""
+    return map_years(two_years.items, two_years.bbox, tmp_path_factory.mktemp("mapped") / "map.zarr")
+
+
+def map_years(items, bbox, out):
+    for year in (2019, 2023):
+        options = {
+            "stac": items,
+            "model": "demo-2026",
+            "chunk": 512,
+            "min_clear": 1,
+            "keep_composite": True,
+            "precision": "fp32",
+        }
+        minemap.map_area(bbox, str(year), out, **options)
+    return out
+
+
+@pytest.fixture(scope="module")
+def changer(tmp_path_factory):
+    """A small MineNetCD with random weights."""
+    torch.manual_seed(0)
+    options = {"in_channels": len(BANDS), "encoder": "resnet18", "width": 16}
+    scale = {"mean": (0.05, 0.08, 0.08, 0.25, 0.2, 0.12), "std": (0.05, 0.05, 0.07, 0.1, 0.1, 0.1)}
+    recipe = Recipe("changer", "minenetcd", options, BANDS, threshold=0.5, classes=("gain",), **scale)
+    folder = tmp_path_factory.mktemp("changer") / "model"
+    save(folder, build("minenetcd", **options), recipe)
+    return folder
+
+
+def truth_on(data, path):
+    """A year's truth on the pixels of a map, 255 outside the scene."""
+    truth = rioxarray.open_rasterio(path).isel(band=0)
+    return truth.reindex(y=data.y, x=data.x, fill_value=255).values
+
+
+def test_gain_and_loss_of_the_demo_scene(two_years, mapped, tmp_path):
+    data = compared(mapped, tmp_path / "change.zarr")
+    before, after = (truth_on(data, two_years.truth[year]) for year in (2019, 2023))
+    seen = (before != 255) & (after != 255) & (data.values != 255)
+    true, found = seen & (before == 0) & (after == 1), seen & (data.values == 2)
+    near = ndimage.binary_dilation(true, iterations=2)
+    assert (found & true).sum() > 0.75 * true.sum() > 1000
+    assert (found & near).sum() > 0.85 * found.sum()
+    assert (seen & (data.values == 3)).sum() < 0.1 * true.sum()  # no mine of the scene ceases to be
+
+    # The looks of the two years exchanged: what was gained is lost
+    items = json.loads(two_years.items.read_text())
+    for item in items["features"]:
+        day = item["properties"]["datetime"]
+        item["properties"]["datetime"] = {"2019": "2023", "2023": "2019"}[day[:4]] + day[4:]
+    exchanged = two_years.items.with_name("exchanged.json")
+    exchanged.write_text(json.dumps(items))
+    back = compared(map_years(exchanged, two_years.bbox, tmp_path / "map.zarr"), tmp_path / "back.zarr").values
+    lost = (back == 3) & seen
+    assert (lost & true).sum() > 0.75 * true.sum() and (lost & near).sum() > 0.85 * lost.sum()
+
+
+def compared(path, out, **options):
+    minemap.change(path, before="2019", after="2023", out=out, **options)
+    return xr.open_zarr(out, group=GROUP).change
+
+
+def composites_around(path, window, halo):
+    """Both composites of a map as stored, with a window's halo: float32 (2, band, y, x), NaN where there is none."""
+    grid = Store(path).grid(GROUP)
+    row, column = window.offset_in(grid)
+    stored = xr.open_zarr(path, group=GROUP, mask_and_scale=False).composite.sortby("time").values
+    images = np.where(stored == 0, np.float32(np.nan), stored / np.float32(10_000))
+    padded = np.pad(images, [(0, 0), (0, 0), (halo, halo), (halo, halo)], constant_values=np.nan)
+    return padded[:, :, row : row + window.height + 2 * halo, column : column + window.width + 2 * halo]
+
+
+def test_minenetcd_sees_both_composites_in_the_maps_windows(mapped, changer, tmp_path):
+    """One window by hand, from the composites as stored; the number of workers changes nothing."""
+    model, data = minemap.load_model(changer), minemap.open_map(mapped, GROUP).probability
+    tiles = list(Store(mapped).grid(GROUP).tiles(256))
+    window = max(tiles, key=lambda w: int(data.sel(y=w.y, x=w.x).notnull().all("time").sum()))
+    dates = model.recipe.normalise(composites_around(mapped, window, 32))
+    orders = [torch.from_numpy(np.concatenate(pair)[None]) for pair in (dates, dates[::-1])]
+    with torch.no_grad():
+        gain, loss = (torch.sigmoid(model.network()(x))[0, 0, 32:-32, 32:-32].numpy() for x in orders)
+    likely = np.maximum(gain, loss)
+    threshold = round(float(np.median(likely)), 4)
+    percent = data.sel(y=window.y, x=window.x).values
+    limit = np.ceil(Store(mapped).attributes()["recipe"]["threshold"] * 100)
+    expected = np.where(likely >= threshold, np.where(gain >= loss, 2, 3), percent.mean(axis=0) >= limit)
+    options = {"method": "minenetcd", "model": changer, "threshold": threshold}
+    found = compared(mapped, tmp_path / "change.zarr", **options).sel(y=window.y, x=window.x).values
+    sure = ~np.isnan(percent).any(axis=0)
+    assert sure.sum() > 20_000 and (found[~sure] == 255).all()
+    sure &= (np.abs(likely - threshold) > 1e-4) & (np.abs(gain - loss) > 1e-4)
+    assert sure.sum() > 20_000 and len(np.unique(expected[sure])) > 1
+    assert (found == expected)[sure].all()
+    compared(mapped, tmp_path / "two.zarr", cluster="local", workers=2, **options)
+    assert files(tmp_path / "two.zarr") == files(tmp_path / "change.zarr")
+
+
+def test_composites_are_read_again_where_the_map_has_not_kept_them(mapped, changer, tmp_path):
+    lean = tmp_path / "map.zarr"
+    shutil.copytree(mapped, lean)
+    shutil.copytree(mapped.with_name("map.zarr.meta"), lean.with_name("map.zarr.meta"))
+    shutil.rmtree(lean / GROUP / "composite")
+    kept = compared(mapped, tmp_path / "kept.zarr", method="minenetcd", model=changer).values
+    read = compared(lean, tmp_path / "read.zarr", method="minenetcd", model=changer).values
+    assert np.array_equal(kept == 255, read == 255) and (read != 255).any()
+    assert (kept == read).mean() > 0.97  # the kept ones are rounded, and have no halo at the map's edge
+
+
+def test_a_network_of_change_makes_no_maps(two_years, changer, tmp_path):
+    with pytest.raises(InputError, match="model changer compares two dates"):
+        minemap.map_area(two_years.bbox, "2019", tmp_path / "map.zarr", stac=two_years.items, model=changer)
+    image = xr.DataArray(np.zeros((6, 4, 4), np.float32), dims=("band", "y", "x"))
+    with pytest.raises(InputError, match="model changer compares two dates"):
+        minemap.predict(image, minemap.load_model(changer))

@@ -53,7 +53,7 @@ BASE: dict[str, Any] = {
 }
 LOSSES = LossWeights(bce=1.0, dice=0.5, ssim=0.0, boundary=0.0)
 BATCHES = 150  # of the pool
-STEPS = 300
+STEPS = 200
 WARMUP = 20  # steps
 SIDE = 128  # pixels that a chip is padded to when it is judged
 MAPS = "difference of two maps"
@@ -143,9 +143,10 @@ def train_heads(
     networks: dict[str, MineNetCD], batches: Iterator[tuple[Levels, Tensor]], config: TrainConfig
 ) -> None:
     """Train everything but the encoder on the same batches: AdamW, linear warm-up, cosine to zero."""
-    options = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     learning = {m: [p for p in n.parameters() if p.requires_grad] for m, n in networks.items()}
-    optimisers = {m: torch.optim.AdamW(parameters, **options) for m, parameters in learning.items()}
+    optimisers = {
+        m: torch.optim.AdamW(p, config.learning_rate, weight_decay=config.weight_decay) for m, p in learning.items()
+    }
     for network in networks.values():
         network.train()
         network.encoder.eval()
