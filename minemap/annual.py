@@ -121,8 +121,10 @@ class _Job:
         places = read_sites(sites, buffer=buffer) if sites is not None else None
         near = _union(places) if bbox is None and places else None
         box = check_bbox(bbox) if bbox is not None else bounds(places or [])
-        written = _file(table, TABLES, "table") if table is not None else None
-        picture = _file(chart, (".png",), "chart") if chart is not None else written and written.with_suffix(".png")
+        written = file_to_write(table, TABLES, "table") if table is not None else None
+        picture = (
+            file_to_write(chart, (".png",), "chart") if chart is not None else written and written.with_suffix(".png")
+        )
         return _Job(box, parse_years(years), places, near, written, picture)
 
     def options(self, given: dict[str, Any]) -> dict[str, Any]:
@@ -136,7 +138,8 @@ def _union(sites: list[Site]) -> Any:
     return shapely.union_all([site.area for site in sites])
 
 
-def _file(name: str | Path, endings: tuple[str, ...], role: str) -> Path:
+def file_to_write(name: str | Path, endings: tuple[str, ...], role: str) -> Path:
+    """The path of a file that can be written, by its ending and its folder. Raises InputError."""
     path = Path(name)
     if path.suffix.lower() not in endings:
         raise InputError(f"{role} {path.name!r} can't be written: endings are {', '.join(endings)}")

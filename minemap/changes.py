@@ -25,6 +25,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from . import __version__
+from .annual import TABLES, file_to_write, write_table
 from .areas import first_year, read_periods
 from .checkpoint import DEFAULT_CHANGE_MODEL, Checkpoint, load_model
 from .cluster import check_workers, connect, worker_count
@@ -47,7 +48,6 @@ NEVER, BOTH, GAIN, LOSS = range(4)
 CLASSES = ("never_km2", "both_km2", "gain_km2", "loss_km2", "not_observed_km2")
 SERIES = 3  # periods of a zone from which it has a first year worth telling
 SCALE = 10_000  # of a kept composite
-TABLES = (".csv", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -261,7 +261,7 @@ class Plan:
             raise InputError(f"unknown method {method!r}: give one of {', '.join(METHODS)}")
         if threshold is not None and not 0 <= threshold <= 1:
             raise InputError(f"threshold {threshold} is a probability, 0 to 1")
-        target = _table_file(table)
+        target = file_to_write(table, TABLES, "table") if table is not None else None
         source, store = Store.at(path), Store.at(out, "change")
         about = source.attributes()
         first, second = find_period(source, before), find_period(source, after)
@@ -425,30 +425,6 @@ def _row(plan: Plan, zone: str, areas: np.ndarray) -> dict[str, Any]:
         **named,
         "common_observed_fraction": 1 - named["not_observed_km2"] / areas.sum(),
     }
-
-
-def _table_file(table: str | Path | None) -> Path | None:
-    if table is None:
-        return None
-    path = Path(table)
-    if path.suffix.lower() not in TABLES:
-        raise InputError(f"can't write a table to {path.name!r}: endings are {', '.join(TABLES)}")
-    if not path.absolute().parent.is_dir():
-        raise InputError(f"folder {path.absolute().parent} does not exist: make it first")
-    return path
-
-
-def write_table(frame: pd.DataFrame, path: Path) -> None:
-    """As CSV or Parquet by the ending; whole or not there."""
-    draft = path.with_name(f".{path.name}.draft")
-    try:
-        if path.suffix.lower() == ".csv":
-            frame.to_csv(draft, index=False, float_format="%.6f")
-        else:
-            frame.to_parquet(draft, index=False)
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def _summary(plan: Plan, frame: pd.DataFrame, counts: np.ndarray, seconds: float) -> dict[str, Any]:

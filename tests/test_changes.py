@@ -156,7 +156,7 @@ def test_places_mapped_at_one_date_are_left_out(tmp_path, model):
         ({"model": "demo-2026"}, "is for method minenetcd"),
         ({"method": "minenetcd", "model": "demo-2026"}, "model demo-2026 looks at one date"),
         ({"threshold": 50.0}, "threshold 50.0 is a probability"),
-        ({"table": "areas.xlsx"}, "can't write a table to 'areas.xlsx'"),
+        ({"table": "areas.xlsx"}, "table 'areas.xlsx' can't be written"),
         ({"out": "s3://bucket/change.zarr"}, "is an address"),
     ],
 )

@@ -187,7 +187,7 @@ def draw_blocks(chips: Chips, share: float, seed: int) -> NDArray[np.bool_]:
 
 
 def keep_bands(chips: Chips, bands: tuple[str, ...]) -> Chips:
-    """The same chips with every other band absent."""
+    """The same chips, or pairs, with every other band absent."""
     image = chips.image.copy()
-    image[:, [i for i, band in enumerate(BANDS) if band not in bands]] = np.nan
+    image[:, [i for i in range(image.shape[1]) if BANDS[i % len(BANDS)] not in bands]] = np.nan
     return Chips(image, chips.mask, chips.columns)

@@ -11,7 +11,7 @@ from typing import Any
 from minemap.errors import InputError
 from minemap.training.config import TrainConfig, make_config, option_types, read_config
 
-KINDS = ("teacher", "student", "baseline")
+KINDS = ("teacher", "student", "baseline", "change")
 # What each baseline is: a network by name, or FPN with another way to keep what the teacher knew.
 BASELINES: dict[str, dict[str, Any]] = {
     "fpn": {"architecture": "fpn"},
@@ -32,12 +32,24 @@ TEACHER: dict[str, Any] = {
     "boundary": 0.0,
     "selection": "none",
 }
-COLUMNS = ("accuracy", "mf1", "miou", "mine_iou", "precision", "recall", "boundary_f1", "ece")
+# MineNetCD on pairs of dates; its encoder starts from the default model's
+CHANGE: dict[str, Any] = {
+    "architecture": "minenetcd",
+    "freeze_norm": True,
+    "dice": 0.5,
+    "ssim": 0.0,
+    "boundary": 0.0,
+    "selection": "none",
+    "absent": 0.0,
+}
+COLUMNS = ("accuracy", "mf1", "miou", "mine_iou", "precision", "recall", "f1", "boundary_f1", "ece")
 
 
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `minemap train`."""
-    parser.add_argument("kind", choices=KINDS, help="teacher (coarse labels), student (MineC2FNet) or baseline")
+    parser.add_argument(
+        "kind", choices=KINDS, help="teacher (coarse labels), student (MineC2FNet), baseline or change"
+    )
     parser.add_argument("--chips", nargs="+", required=True, metavar="FILE", help="chips (.zarr or .npz)")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the run; an interrupted one goes on")
     parser.add_argument("--teacher", metavar="PATH", help="the teacher's checkpoint")
@@ -59,10 +71,13 @@ def run_train(args: argparse.Namespace) -> None:
 
 def train_config(args: argparse.Namespace) -> TrainConfig:
     """The configuration that the arguments of `minemap train` describe."""
+    from minemap.checkpoint import DEFAULT_MODEL
+
     kinds: dict[str, dict[str, Any]] = {
         "teacher": TEACHER,
         "student": {"architecture": "minec2fnet"},
         "baseline": BASELINES[args.name],
+        "change": CHANGE | {"start": DEFAULT_MODEL},
     }
     needs = args.kind == "student" or (args.kind == "baseline" and args.name in NEED_TEACHER)
     values = {"out": args.out, "data": list(args.chips), "teacher": args.teacher, **kinds[args.kind]}
@@ -99,12 +114,13 @@ def run_evaluate(args: argparse.Namespace) -> None:
     """Print how well a model does on chips, in per cent."""
     from minemap.checkpoint import load_model
     from minemap.training import evaluate as evaluation
-    from minemap.training.chips import keep_bands, load_chips
+    from minemap.training.chips import keep_bands, load_chips, load_pairs
 
     if args.threshold is not None and not 0 <= args.threshold <= 1:
         raise InputError(f"--threshold {args.threshold}: a probability lies between 0 and 1")
     checkpoint = load_model(args.model)
-    chips = load_chips(args.chips).split(args.split).decided()
+    load = load_pairs if checkpoint.recipe.dates == 2 else load_chips
+    chips = load(args.chips).split(args.split).decided()
     if args.bands:
         chips = keep_bands(chips, tuple(args.bands.split(",")))
     if not len(chips):

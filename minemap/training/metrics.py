@@ -25,7 +25,10 @@ def confusion(predicted: NDArray[np.bool_], mask: Masks) -> NDArray[np.int64]:
 
 
 def scores(counts: NDArray[np.int64]) -> dict[str, float]:
-    """Scores of one confusion (tn, fp, fn, tp); a class that neither side has does not count in the means."""
+    """Scores of one confusion (tn, fp, fn, tp); a class that neither side has does not count in the means.
+
+    "mine_iou", "precision", "recall" and "f1" are those of the class 1: mine, or what has changed.
+    """
     tn, fp, fn, tp = (float(c) for c in counts)
     ious = [_ratio(tp, tp + fp + fn), _ratio(tn, tn + fp + fn)]
     f1s = [_ratio(2 * tp, 2 * tp + fp + fn), _ratio(2 * tn, 2 * tn + fp + fn)]
@@ -34,6 +37,7 @@ def scores(counts: NDArray[np.int64]) -> dict[str, float]:
         "mf1": _mean(f1s),
         "miou": _mean(ious),
         "mine_iou": ious[0],
+        "f1": f1s[0],
         "precision": _ratio(tp, tp + fp),
         "recall": _ratio(tp, tp + fn),
     }
