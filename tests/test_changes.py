@@ -21,7 +21,7 @@ from test_areas import BOX, EDGE, store_of
 
 import minemap
 from minemap.changes import CLASSES, compare, told
-from minemap.checkpoint import Recipe, save
+from minemap.checkpoint import DEFAULT_CHANGE_MODEL, Recipe, save
 from minemap.demo import DemoConfig, make_demo
 from minemap.errors import InputError, StoreError
 from minemap.grid import pixel_area_km2
@@ -307,6 +307,18 @@ def test_composites_are_read_again_where_the_map_has_not_kept_them(mapped, chang
     read = compared(lean, tmp_path / "read.zarr", method="minenetcd", model=changer).values
     assert np.array_equal(kept == 255, read == 255) and (read != 255).any()
     assert (kept == read).mean() > 0.97  # the kept ones are rounded, and have no halo at the map's edge
+
+
+def test_the_bundled_network_of_change(mapped, tmp_path, minemap):
+    words = ("change", mapped, "--before", 2019, "--after", 2023, "--out", tmp_path / "change.zarr", "--json")
+    done = minemap(*words, "--method", "minenetcd")
+    assert done.returncode == 0, done.stderr
+    summary, parameters = (
+        json.loads(done.stdout),
+        Store(tmp_path / "change.zarr", "change").attributes()["parameters"],
+    )
+    assert parameters["change_model"] == DEFAULT_CHANGE_MODEL and parameters["threshold"] == summary["threshold"]
+    assert summary["method"] == "minenetcd" and summary["km2_never"] > summary["km2_gain"] + summary["km2_loss"] > 0
 
 
 def test_a_network_of_change_makes_no_maps(two_years, changer, tmp_path):
