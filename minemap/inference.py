@@ -25,6 +25,7 @@ import xarray as xr
 from .checkpoint import Checkpoint, load_same
 from .errors import InputError, TooLittleMemoryError
 from .tiles import Layout, run_windows
+from .water import settle_open_water
 
 NOT_OBSERVED = 255  # in per cent maps
 PRECISIONS = ("bf16", "fp32")
@@ -236,7 +237,9 @@ class Runner:
         with torch.inference_mode(), torch.autocast(self.device, torch.bfloat16, enabled=bf16):
             logits = self.forward(x.contiguous(memory_format=torch.channels_last))
         chance = torch.sigmoid(logits.float()).cpu().numpy()
-        return chance[:, 0] if self.recipe.dates == 1 else signed(chance)
+        if self.recipe.dates > 1:
+            return signed(chance)
+        return settle_open_water(windows, chance[:, 0], bands=self.recipe.bands, resolution=self.recipe.resolution)
 
 
 def signed(chance: np.ndarray) -> np.ndarray:

@@ -45,6 +45,7 @@ from .scenes import (
 from .sensors import Sensor, asset_key, scaling
 from .sentinel2 import NODATA, OFFSET, SCL, SCL_MASKED, Item, Scaling, contradicts
 from .store import QUICKLOOK, Store, file_name, parameters_hash, write_atomically
+from .water import BODY_HA, UNLIKELY
 
 if TYPE_CHECKING:
     import geopandas
@@ -238,6 +239,7 @@ class Plan:
             "model": self.checkpoint.recipe.name,
             "model_sha256": self.checkpoint.sha256,
             "precision": self.settings.precision,
+            "open_water": {"hectares": BODY_HA, "unlikely": UNLIKELY},
             "reader": o.reader,
             "chunk": o.chunk,
             "aoi": aoi_hash(o.aoi),

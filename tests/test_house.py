@@ -28,6 +28,7 @@ ORDER = [
     "compositing",
     "spectral",
     "tiles",
+    "water",
     "models",
     "checkpoint",
     "inference",

@@ -10,7 +10,6 @@ import rasterio
 import xarray as xr
 from affine import Affine
 from conftest import item, item_file, write_tif
-from scipy.ndimage import distance_transform_edt
 
 from minemap import map_area
 from minemap.checkpoint import DEFAULT_MODEL, available, load_model
@@ -34,19 +33,12 @@ def reservoir(boadella, tmp_path_factory):
     return out, map_area(BOX, "2020/2022", out, stac=boadella, chunk=512)
 
 
-def test_a_reservoir_is_observed_and_hardly_a_mine(reservoir, boadella, shared):
+def test_a_reservoir_is_observed_and_its_water_is_no_mine(reservoir, boadella, shared):
     out, summary = reservoir
     assert summary["zones"] == ["utm32631"]
     assert summary["km2_observed"] / summary["km2_total"] >= 0.95
     wrong, water = _wrong_water(out, boadella)
     assert water.sum() > 2000
-    assert wrong.sum() <= 0.002 * water.sum()  # a guard, not the aim: that is the next test
-    assert not wrong[distance_transform_edt(water) > 3].any()
-
-
-@pytest.mark.xfail(strict=True, reason="the present model calls 20 of 21,433 px of water mine, at one bright beach")
-def test_open_water_holds_no_mine_at_all(reservoir, boadella, shared):
-    wrong, _ = _wrong_water(reservoir[0], boadella)
     assert not wrong.any()
 
 

@@ -40,7 +40,7 @@ BASE: dict[str, Any] = {
     "holes": 0.0,
     "threads": 1,  # small runs: two side by side beat one on two cores
 }
-SCRATCH = {"learning_rate": 1e-3, "epochs": 30, "epoch_samples": 512}
+SCRATCH = {"learning_rate": 1e-3, "epochs": 25}
 STUDENT = {"architecture": "minec2fnet", "selection": "hybrid"}
 TEACHER = "fpn_coarse"
 # Method -> what it changes in BASE. Those that name no SCRATCH start from the teacher of their draw.
