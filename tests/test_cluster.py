@@ -218,18 +218,18 @@ def test_batches_halve_when_memory_runs_out(error, model):
     windows = np.random.default_rng(0).uniform(0, 0.4, (4, 6, 320, 320)).astype(np.float32)
     whole = runner(windows)
     assert runner.batch == 4
-    network = runner.network
-    runner.network = Greedy(network, 1, error)
+    network = runner.forward
+    runner.forward = Greedy(network, 1, error)
     np.testing.assert_allclose(runner(windows), whole, atol=1e-5)
     assert runner.batch == 1
-    runner.network = Greedy(network, 0, error)
+    runner.forward = Greedy(network, 0, error)
     with pytest.raises(TooLittleMemoryError, match="not even one window of 320 px fits into memory"):
         runner(windows)
 
 
 def test_another_failure_of_the_network_is_no_lack_of_memory(model):
     runner = Runner(load_model(model), Settings("fp32"))
-    runner.network = Greedy(runner.network, 0, RuntimeError("shapes cannot be multiplied"))
+    runner.forward = Greedy(runner.forward, 0, RuntimeError("shapes cannot be multiplied"))
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         runner(np.zeros((4, 6, 320, 320), np.float32))
 
