@@ -2,7 +2,8 @@
 
 A network of stride 4 answers a pixel or two beyond an outline, and few chips hold a lake. A river, lake or reservoir
 that the network calls no mine almost everywhere is therefore no mine anywhere. A pond of tailings is small, or the
-network calls most of it mine: then its answer stands.
+network calls a tenth of it mine or more: then its answer stands. Maps and `predict` do this; `evaluate` scores the
+network alone.
 """
 
 from __future__ import annotations
