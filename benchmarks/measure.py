@@ -271,7 +271,7 @@ def scaling(size: int = 2048, rounds: int = 5) -> Iterator[str]:
                 out = folder / f"{next(numbers)}.zarr"
                 made = mapping.plan(bbox, "2023", out, stac=items, chunk=512)
                 job = mapping._job(made, made.store, mapping._prepare(made, made.store), cores())
-                mapping._compute(made.work, job, client, gpu=False)
+                mapping._compute(made.work, job, client)
 
             return run
 

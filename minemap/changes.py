@@ -228,7 +228,7 @@ def change(
             check_workers(connected, store.meta)
         plan.prepare(overwrite=overwrite)
         job = plan.shared_by(worker_count(connected))
-        counts = run_tiles(plan.work, job, connected, progress, gpu=cluster == "gpu")
+        counts = run_tiles(plan.work, job, connected, progress)
     frame = area_table(plan, counts)
     if plan.table is not None:
         write_table(frame, plan.table)

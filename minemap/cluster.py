@@ -69,10 +69,11 @@ def worker_count(client: Client | None) -> int:
 def gpu_share(client: Client) -> dict[str, float]:
     """What of its worker's GPU a task asks for, so that all threads of a worker may hold one: they read side by side.
 
-    The network itself has one thread and a lock in each process, whatever the number of tasks.
+    Nothing where no worker offers a GPU. Whoever started the workers: `--cluster gpu`, or the user with their own
+    client. The network itself has one thread and a lock in each process, whatever the number of tasks.
     """
-    threads = max(w["nthreads"] for w in _workers(client).values())
-    return {"GPU": GPU["GPU"] / threads}
+    threads = [w["nthreads"] for w in _workers(client).values() if w.get("resources", {}).get("GPU")]
+    return {"GPU": GPU["GPU"] / max(threads)} if threads else {}
 
 
 def _workers(client: Client) -> Mapping[str, Any]:

@@ -379,7 +379,7 @@ def map_area(
         if connected is not None:
             check_workers(connected, store.meta, made.checkpoint)
         job = _job(made, store, _prepare(made, store), worker_count(connected))
-        counts = run_tiles(made.work, job, connected, progress, gpu=cluster == "gpu")
+        counts = run_tiles(made.work, job, connected, progress)
     return _summary(made, store, counts, time.monotonic() - start)
 
 
@@ -446,28 +446,26 @@ def run_tiles(
     job: Task,
     client: Client | None,
     progress: Callable[[int, int], None] | None,
-    *,
-    gpu: bool = False,
 ) -> np.ndarray:
     """Makes every super-tile; returns what the job counts in each, float64 (tile, count)."""
     with _watched(work, job, progress):
         slices = [work[i : i + AT_ONCE] for i in range(0, len(work), AT_ONCE)]
-        return np.concatenate([_compute(part, job, client, gpu=gpu) for part in slices])
+        return np.concatenate([_compute(part, job, client) for part in slices])
 
 
-def _compute(work: list[Work], job: Task, client: Client | None, *, gpu: bool) -> np.ndarray:
+def _compute(work: list[Work], job: Task, client: Client | None) -> np.ndarray:
     # Annotations are lost when tasks are fused
     with dask.config.set({"optimization.fuse.active": False}):
         if client is None:
             return graph(work, job).compute(scheduler="threads", num_workers=TASK_THREADS).values
-        with dask.annotate(retries=RETRIES, **({"resources": gpu_share(client)} if gpu else {})):
+        with dask.annotate(retries=RETRIES, resources=gpu_share(client)):
             counts = graph(work, job)
-        with client.as_current(), _clear_losses(client):
+        with client.as_current(), _clear_losses(client, _places(work, job)):
             return counts.compute().values
 
 
 @contextmanager
-def _clear_losses(client: Client) -> Iterator[None]:
+def _clear_losses(client: Client, places: list[str]) -> Iterator[None]:
     """What Dask raises when workers or the scheduler are gone, in one line."""
     from distributed import CancelledError, KilledWorker
     from distributed.comm import CommClosedError
@@ -475,10 +473,9 @@ def _clear_losses(client: Client) -> Iterator[None]:
     try:
         yield
     except KilledWorker as error:
-        place = str(error.task).removeprefix(f"{STAGE}-").rsplit("-", 1)[0]
         raise ClusterError(
-            f"super-tile {place}: {error.allowed_failures + 1} workers died under it, the last at "
-            f"{error.last_worker.address}; usually their memory is too small (--dry-run tells what they need). "
+            f"super-tile {_place(error.task, places)}: {error.allowed_failures + 1} workers died under it, the last "
+            f"at {error.last_worker.address}; usually their memory is too small (--dry-run tells what they need). "
             "What is finished stays, the same command goes on"
         ) from error
     except (CancelledError, CommClosedError) as error:
@@ -494,8 +491,17 @@ def graph(work: list[Work], job: Task) -> xr.DataArray:
     table = xr.DataArray(da.from_array(rows, chunks=(1, -1)), dims=("tile", "field"))
     template = xr.DataArray(da.zeros((len(work), len(job.counted)), chunks=(1, -1)), dims=("tile", "count"))
     counts = xr.map_blocks(_block, table, [job, work[0].tile.resolution], template=template)
-    places = [f"{w.tile.group}-{job.store.record_path(w.tile, job.period).stem}" for w in work]
-    return counts.copy(data=_named(counts.data, places))
+    return counts.copy(data=_named(counts.data, _places(work, job)))
+
+
+def _places(work: list[Work], job: Task) -> list[str]:
+    """What people call each super-tile: ZONE-COLUMN_ROW, as its record in the ledger."""
+    return [f"{w.tile.group}-{job.store.record_path(w.tile, job.period).stem}" for w in work]
+
+
+def _place(task: Any, places: list[str]) -> str:
+    """The super-tile of a task of the graph: `_named` ones say it, Dask's own are (NAME-TOKEN, i, 0)."""
+    return places[task[1]] if isinstance(task, tuple) else task.removeprefix(f"{STAGE}-").rsplit("-", 1)[0]
 
 
 def _named(counts: da.Array, places: list[str]) -> da.Array:

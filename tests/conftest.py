@@ -49,6 +49,25 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Demo:
 
 
 @pytest.fixture(scope="session")
+def inner(scene: Demo) -> tuple[float, float, float, float]:
+    """A box inside the scene, a fifth of it away from each edge."""
+    return shrunk(scene.bbox, 1 / 5)
+
+
+@pytest.fixture(scope="session")
+def options(scene: Demo, model: Path) -> dict[str, object]:
+    """What every map of the scene is told."""
+    return {"stac": scene.items, "model": model, "chunk": 512}
+
+
+def shrunk(bbox: tuple[float, float, float, float], share: float) -> tuple[float, float, float, float]:
+    """The box without `share` of its width and height at each side."""
+    west, south, east, north = bbox
+    dx, dy = (east - west) * share, (north - south) * share
+    return west + dx, south + dy, east - dx, north - dy
+
+
+@pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small network with random weights: nothing it says is true, but it says the same every time."""
     import torch

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import zarr
+from conftest import shrunk
 from distributed import Client, LocalCluster
 
 from minemap import map_area
@@ -23,7 +24,7 @@ from minemap.checkpoint import BUNDLED, load_model, load_same
 from minemap.cluster import EXACT, PRESENT, _lacking, check_workers, connect, differences, gpu_share
 from minemap.errors import CheckpointError, ClusterError, TooLittleMemoryError
 from minemap.inference import Runner, Settings
-from minemap.mapping import _job, graph, plan
+from minemap.mapping import STAGE, _job, _place, graph, plan
 from minemap.store import Store
 
 HERE = {"python": "3.11.7.final.0", "minemap": "0.1.0", "torch": "2.15.0+cu132", "numpy": "2.4.1", "dask": "2026.8.0"}
@@ -32,14 +33,7 @@ HERE = {"python": "3.11.7.final.0", "minemap": "0.1.0", "torch": "2.15.0+cu132",
 @pytest.fixture(scope="module")
 def small(scene):
     """A box of two super-tiles of 512 px or a few more."""
-    west, south, east, north = scene.bbox
-    dx, dy = (east - west) / 3, (north - south) / 3
-    return west + dx, south + dy, east - dx, north - dy
-
-
-@pytest.fixture(scope="module")
-def options(scene, model):
-    return {"stac": scene.items, "model": model, "chunk": 512}
+    return shrunk(scene.bbox, 1 / 3)
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +126,8 @@ def test_a_remote_scheduler_gives_the_same_bytes(alone, small, options, schedule
     out = tmp_path / "map.zarr"
     with caplog.at_level(logging.INFO, "minemap"):
         map_area(small, "2023", out, cluster=scheduler.scheduler_address, **options)
+    with Client(scheduler) as client:
+        assert gpu_share(client) == {}
     assert "dashboard" in caplog.text
     same(alone, out)
     made = plan(small, "2023", out, **options)
@@ -190,6 +186,11 @@ def test_a_super_tile_that_kills_its_workers_is_named(small, options, tmp_path):
             over.set()
             killer.join()
     assert map_area(small, "2023", out, **options)["km2_observed"] > 0
+
+
+@pytest.mark.parametrize("task", [f"{STAGE}-utm32620-1_3-9f0c", ("array-36a4", 1, 0)])
+def test_whatever_task_died_its_super_tile_is_named(task):
+    assert _place(task, ["utm32620-1_2", "utm32620-1_3"]) == "utm32620-1_3"
 
 
 class Greedy(torch.nn.Module):

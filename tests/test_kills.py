@@ -13,10 +13,8 @@ from benchmarks.kills import Case, Outcome, kill_processes, kill_workers
 
 
 @pytest.fixture(scope="module")
-def case(scene, model):
-    west, south, east, north = scene.bbox
-    dx, dy = (east - west) / 5, (north - south) / 5
-    return Case((west + dx, south + dy, east - dx, north - dy), scene.items, str(model))
+def case(scene, model, inner):
+    return Case(inner, scene.items, str(model))
 
 
 @pytest.fixture(scope="module")

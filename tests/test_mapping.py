@@ -34,19 +34,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*no SCL:UserWarning")
 
 
 @pytest.fixture(scope="module")
-def inner(scene):
-    """A box inside the scene, smaller than it."""
-    west, south, east, north = scene.bbox
-    dx, dy = (east - west) / 5, (north - south) / 5
-    return west + dx, south + dy, east - dx, north - dy
-
-
-@pytest.fixture(scope="module")
-def options(scene, model):
-    return {"stac": scene.items, "model": model, "chunk": 512}
-
-
-@pytest.fixture(scope="module")
 def made(inner, options, tmp_path_factory):
     path = tmp_path_factory.mktemp("made") / "map.zarr"
     return path, map_area(inner, "2023", path, keep_composite=True, **options)
