@@ -47,8 +47,7 @@ def _against_bare(device: str, batches: tuple[int, ...], windows: int) -> Iterat
     model, image = load_model(), _image(windows)
     settings = Settings("bf16") if device == "cuda" else Settings.for_machine()
     network = model.network().to(device).to(memory_format=torch.channels_last)
-    cut, side = layout(model), 256 * windows
-    stack = np.stack([cut.cut(image, core) for core in cut.cores((side, side))])
+    stack = np.stack([image[:, *window] for window in layout(model).windows(image.shape[1:])])
     tensors = torch.from_numpy(model.recipe.normalise(stack)).to(device)
 
     def bare(batch: int) -> None:
@@ -91,13 +90,13 @@ def predict_against_naive() -> Iterator[str]:
     from minemap.inference import Settings, layout, probability
 
     model, settings, image = load_model(), Settings.for_machine(), _image()
-    network, cut = model.network(), layout(model)
+    network = model.network()
     torch.set_num_threads(settings.streams)
 
     def naive() -> None:
         with torch.inference_mode():
-            for core in cut.cores((1024, 1024)):
-                network(torch.from_numpy(model.recipe.normalise(cut.cut(image, core)[None])))
+            for window in layout(model).windows(image.shape[1:]):
+                network(torch.from_numpy(model.recipe.normalise(image[None, :, *window])))
 
     ours, theirs = alternating(lambda: probability(image, model, settings), naive, rounds=2)
     yield f"ours {ours:.2f} s, naive {theirs:.2f} s for 16 windows: {theirs / ours:.1f} times as fast"

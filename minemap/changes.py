@@ -32,7 +32,7 @@ from .cluster import check_workers, connect, worker_count
 from .compositing import Rule
 from .errors import InputError, StoreError
 from .grid import Grid, pixel_area_km2
-from .inference import NOT_OBSERVED, Settings, mine_from, probability
+from .inference import NOT_OBSERVED, Settings, layout, mine_from, probability
 from .mapping import AOI, Reading, Work, inside_aoi, read_image, run_tiles
 from .reader import Access
 from .scenes import Period, Source, parse_period
@@ -64,10 +64,10 @@ class Detector:
 
     def __call__(self, inner: Grid) -> np.ndarray:
         """Gain above zero and loss below it, probabilities, float32 (y, x), NaN where neither date is observed."""
-        halo = self.checkpoint.recipe.halo
-        images = [_kept_image(inner, halo, how) for how in self.readings]
+        margin = layout(self.checkpoint).margin
+        images = [_kept_image(inner, margin, how) for how in self.readings]
         both = [
-            read_image(inner, halo, how)[0] if kept is None else kept
+            read_image(inner, margin, how)[0] if kept is None else kept
             for kept, how in zip(images, self.readings, strict=True)
         ]
         settings = Settings.for_machine(self.precision, self.sharing)  # of the machine that computes

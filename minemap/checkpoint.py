@@ -47,8 +47,8 @@ class Recipe:
     threshold: float  # probability from which a pixel counts as mine, 0-1
     threshold_rule: str = "not chosen"
     derived: tuple[str, ...] = ()  # indices computed from the bands, appended after them
-    window: int = 256  # side of a window's core, pixels
-    halo: int = 32  # context on each side of the core, pixels
+    window: int = 256  # from one window to the next, pixels
+    halo: int = 32  # half of what two windows share, pixels
     stride: int = 32  # the network's stride: heights and widths are multiples of it
     resolution: float = 10.0  # metres per pixel
     composite: dict[str, Any] = field(default_factory=lambda: {"method": "median"})
@@ -75,7 +75,9 @@ class Recipe:
             (0 <= self.threshold <= 1, f"threshold {self.threshold} must lie in 0-1"),
             (self.stride > 0, f"stride {self.stride} must be above 0"),
             (self.window % max(self.stride, 1) == 0, f"window {self.window} is no multiple of the stride"),
+            (self.window % 2 == 0, f"window {self.window} is odd"),
             (self.halo >= 0 and 2 * self.halo % max(self.stride, 1) == 0, f"halo {self.halo} is off-stride"),
+            (2 * self.halo <= self.window, f"halo {self.halo} is over half of the window, {self.window}"),
             (self.resolution > 0, f"resolution {self.resolution} must be above 0"),
         ]
 

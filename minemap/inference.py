@@ -83,19 +83,20 @@ def predict(image: xr.DataArray, checkpoint: Checkpoint, *, precision: str | Non
 
     image: reflectance float32 (band, y, x) on a zone's lattice (coordinates x, y: pixel centres in metres, y
     descending; band: names), NaN where not observed, dask or numpy. A band that the checkpoint wants and the image
-    lacks counts as absent. Windows lie at multiples of 256 px of the zone; what lies outside the image counts as
-    not observed, so the pixels are a map's in every window whose full 320 px lie inside.
+    lacks counts as absent. Windows are centred on multiples of 256 px of the zone; what lies outside the image
+    counts as not observed, so a pixel is the map's where all windows that show it lie inside: from 320 px off the
+    image's edge on for certain, from 160 px off an edge that lies on a multiple of 256 px.
     """
     one_date(checkpoint)
     settings = Settings.for_machine(precision)
-    size, halo = checkpoint.recipe.window, checkpoint.recipe.halo
+    size, margin = checkpoint.recipe.window, layout(checkpoint).margin
     wanted = image.reindex(band=list(checkpoint.recipe.bands)).transpose("band", "y", "x")
     before, after = _margins(wanted, size)
     padding = {"y": (before[0], after[0]), "x": (before[1], after[1])}
     whole = wanted.drop_vars([*wanted.coords]).pad(padding, constant_values=np.nan)
     shape = whole.sizes["y"], whole.sizes["x"]
     chunks = {"y": _whole_windows(wanted, "y", size), "x": _whole_windows(wanted, "x", size)}
-    overlapped, template = _overlapped(whole.chunk({"band": -1, **chunks}), halo)
+    overlapped, template = _overlapped(whole.chunk({"band": -1, **chunks}), margin)
     answer = xr.map_blocks(_percent_block, overlapped, [checkpoint, settings], template=template)
     trimmed = answer[before[0] : shape[0] - after[0], before[1] : shape[1] - after[1]]
     kept = {name: image.coords[name] for name in ("y", "x", "spatial_ref") if name in image.coords}
@@ -124,14 +125,14 @@ def _whole_windows(image: xr.DataArray, dim: str, size: int) -> int:
     return max(size, min(own, 8 * size) // size * size)
 
 
-def _overlapped(image: xr.DataArray, halo: int) -> tuple[xr.DataArray, xr.DataArray]:
-    """The image with `halo` shared pixels around each chunk, and what comes out of its chunks.
+def _overlapped(image: xr.DataArray, margin: int) -> tuple[xr.DataArray, xr.DataArray]:
+    """The image with `margin` shared pixels around each chunk, and what comes out of its chunks.
 
     HACK for pydata/xarray#3147 (xarray has no map_overlap): dask makes the overlap, xarray maps over the blocks.
     """
     import dask.array as da
 
-    depth = {1: halo, 2: halo}
+    depth = {1: margin, 2: margin}
     shared = da.overlap.overlap(image.data, depth={0: 0, **depth}, boundary={0: "none", 1: np.nan, 2: np.nan})
     blocks = da.zeros(image.shape[1:], chunks=image.data.chunks[1:], dtype=np.uint8)
     return xr.DataArray(shared, dims=image.dims), xr.DataArray(blocks, dims=("y", "x"))
@@ -155,10 +156,11 @@ def mine_from(threshold: float) -> int:
 
 
 def probability(image: np.ndarray, checkpoint: Checkpoint, settings: Settings) -> np.ndarray:
-    """Probability of mine, float32 (y, x), NaN where not observed, of an image with its halo.
+    """Probability of mine, float32 (y, x), NaN where not observed, of an image with its margin.
 
-    image: float32 (band, y + 2 halo, x + 2 halo), bands in the checkpoint's order, whole windows in y and x. For a
-    network of two dates: the bands of both, and the answer is `signed`, NaN where neither is observed.
+    image: float32 (band, y + 2 margin, x + 2 margin), bands in the checkpoint's order, y and x multiples of 256
+    (tiles.Layout). For a network of two dates: the bands of both, and the answer is `signed`, NaN where neither is
+    observed.
     One image at a time in a process: the network is behind a lock.
     """
     return probability_and_batch(image, checkpoint, settings)[0]

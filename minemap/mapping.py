@@ -28,7 +28,7 @@ from .compositing import Rule, composite_layers
 from .cube import READERS, load_layers
 from .errors import ClusterError, InputError, NoItemsError, ReadError, StoreError
 from .grid import CHUNK, CHUNKS, WINDOW, BBox, Grid, cell_side, check_bbox, grids, pixel_area_km2, wanted_windows
-from .inference import NOT_OBSERVED, Settings, mine_from, one_date, percent, probability_and_batch
+from .inference import NOT_OBSERVED, Settings, layout, mine_from, one_date, percent, probability_and_batch
 from .reader import Access, read_overview
 from .scenes import (
     Acquisition,
@@ -573,10 +573,10 @@ def make_tile(work: Work, job: Job) -> dict[str, float]:
     start = time.monotonic()
     with _stage("read"):
         image, observations, items, asked = _image(work.inner, job)
-    halo = job.checkpoint.recipe.halo
+    margin = layout(job.checkpoint).margin
     with _stage("network"):
         chance, batch = probability_and_batch(image, job.checkpoint, job.settings)
-    core = image[:, halo:-halo, halo:-halo]
+    core = image[:, margin:-margin, margin:-margin]
     outside = ~_valid(work.inner, job)
     chance[outside], observations[outside] = np.nan, 0
     answer = percent(chance)
@@ -626,7 +626,7 @@ def _union(one: list[int], other: tuple[int, int, int, int]) -> tuple[int, int, 
 
 
 def _image(inner: Grid, job: Job) -> tuple[np.ndarray, np.ndarray, list[str], dict[str, str]]:
-    return read_image(inner, job.checkpoint.recipe.halo, job.reading)
+    return read_image(inner, layout(job.checkpoint).margin, job.reading)
 
 
 def read_image(inner: Grid, halo: int, how: Reading) -> tuple[np.ndarray, np.ndarray, list[str], dict[str, str]]:

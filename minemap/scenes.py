@@ -33,7 +33,7 @@ PLANETARY_COMPUTER = "MINEMAP_PLANETARY_COMPUTER"  # variable: the STAC root of 
 COLLECTION = "sentinel-2-l2a"
 PAGE = 100  # items a page; larger answers exceed what Earth Search sends
 TIMEOUT = (5, 30)  # seconds to connect, to read
-HALO_METRES = 1000.0  # a cell also wants items that only its halo meets (32 px of up to 30 m)
+HALO = 160  # pixels around a cell that its windows look at (tiles.Layout.margin): items that only meet them count
 
 
 @dataclass(frozen=True)
@@ -438,11 +438,12 @@ def _spread(candidates: list[_Candidate]) -> list[_Candidate]:
 def _cell_polygon(cell: Grid) -> shapely.Polygon:
     """The cell with its halo in degrees, continuous across the antimeridian."""
     left, bottom, right, top = cell.bounds
-    around = box(left - HALO_METRES, bottom - HALO_METRES, right + HALO_METRES, top + HALO_METRES)
+    halo = HALO * cell.resolution
+    around = box(left - halo, bottom - halo, right + halo, top + halo)
     x, y = shapely.get_coordinates(shapely.segmentize(around, (right - left) / 8)).T
     return shapely.Polygon(list(zip(*continuous_lonlat(cell.epsg, x, y), strict=True)))
 
 
 def search_area(grid: Grid) -> BBox:
     """What to ask a catalogue for so that every cell of `grid` finds its items: bounds with the halo, degrees."""
-    return grid.buffered(round(HALO_METRES / grid.resolution)).lonlat_bounds
+    return grid.buffered(HALO).lonlat_bounds

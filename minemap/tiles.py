@@ -1,7 +1,10 @@
 """Windows and batches: how an image of any size goes through a network that sees one window at a time.
 
-Knows no torch. An image here is float32 (band, y, x) with its halo around it; a core is the part of a window whose
-answer is kept.
+Knows no torch. An image here is float32 (band, y, x), whole squares of 256 px of its zone's lattice, with a margin
+around them. Two windows side by side answer differently for the pixels where they meet, for each sees more of its
+own side: put beside each other, they would leave a step at every border. So windows overlap, and where they do one
+fades into the next. They are centred on the corners of the squares: a super-tile then needs one row and one column
+of windows more than it has squares, while windows centred on the squares would need two to fade at its edge.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Layout:
-    """window: side of a core in pixels. halo: context on each side of it. batch: windows a call, always full."""
+    """window: from one to the next, pixels. halo: half of what two share. batch: windows a call, always full."""
 
     window: int = 256
     halo: int = 32
@@ -25,17 +28,27 @@ class Layout:
         """Side of what the network sees."""
         return self.window + 2 * self.halo
 
-    def cores(self, shape: tuple[int, int]) -> list[tuple[int, int]]:
-        """(row, column) of every core of an image of `shape`, halo not counted. Raises ValueError on a remainder."""
-        if shape[0] % self.window or shape[1] % self.window:
-            raise ValueError(f"an image of {shape} px does not divide into windows of {self.window}")
-        rows, columns = (range(0, side, self.window) for side in shape)
+    @property
+    def margin(self) -> int:
+        """What an image needs around it: its outermost windows are centred on its edges."""
+        return self.window // 2 + self.halo
+
+    def windows(self, shape: tuple[int, int]) -> list[tuple[slice, slice]]:
+        """Rows and columns of every window of an image of `shape`, both with the margin.
+
+        Raises ValueError where the image without its margin is not whole squares.
+        """
+        inner = [side - 2 * self.margin for side in shape]
+        if inner[0] % self.window or inner[1] % self.window:
+            raise ValueError(f"an image of {inner[0]} x {inner[1]} px does not divide into windows of {self.window}")
+        rows, columns = ([slice(n, n + self.seen) for n in range(0, side + 1, self.window)] for side in inner)
         return [(row, column) for row in rows for column in columns]
 
-    def cut(self, image: np.ndarray, core: tuple[int, int]) -> np.ndarray:
-        """What the network sees of a core: a view (band, seen, seen) of the image with its halo."""
-        row, column = core
-        return image[:, row : row + self.seen, column : column + self.seen]
+    def weight(self) -> np.ndarray:
+        """Share of a window in each of its pixels, float32 (seen, seen); those of all windows add up to 1."""
+        rise = (np.arange(2 * self.halo, dtype=np.float32) + 0.5) / (2 * self.halo or 1)
+        across = np.concatenate([rise, np.ones(self.window - 2 * self.halo, np.float32), rise[::-1]])
+        return np.outer(across, across)
 
 
 Network = Callable[[np.ndarray], np.ndarray]
@@ -48,37 +61,32 @@ def run_windows(
     layout: Layout,
     mapper: Callable[[Network, Iterable[np.ndarray]], Iterable[np.ndarray]] = map,
 ) -> np.ndarray:
-    """Probability of every pixel of `image` but its halo, float32 (y, x), NaN where the image is not observed.
+    """Probability of every pixel of `image` but its margin, float32 (y, x), NaN where the image is not observed.
 
-    image: float32 (band, y + 2 halo, x + 2 halo), NaN in all bands = not observed. Windows whose core has nothing
+    image: float32 (band, y + 2 margin, x + 2 margin), NaN in all bands = not observed. Windows in which nothing is
     observed are skipped. mapper: how batches are run, `map` or a pool's (it must keep their order).
     """
-    halo = layout.halo
-    shape = image.shape[1] - 2 * halo, image.shape[2] - 2 * halo
-    inner = slice(halo, -halo or None), slice(halo, -halo or None)
-    observed = ~np.isnan(image[(slice(None), *inner)]).all(axis=0)
-    out = np.full(shape, np.nan, np.float32)
-    cores = [core for core in layout.cores(shape) if observed[_square(core, layout.window)].any()]
-    batches = list(_batches(cores, layout.batch))
+    observed = ~np.isnan(image).all(axis=0)
+    windows = [window for window in layout.windows(observed.shape) if observed[window].any()]
+    batches = list(_batches(windows, layout.batch))
     answers = mapper(network, (_stacked(image, batch, layout) for batch in batches))
+    out, weight = np.zeros(observed.shape, np.float32), layout.weight()
     for batch, answer in zip(batches, answers, strict=True):
-        for core, probability in zip(batch, answer, strict=False):
-            out[_square(core, layout.window)] = probability[inner]
-    return np.where(observed, out, np.float32(np.nan))
+        for window, probability in zip(batch, answer, strict=False):  # from north to south: the sum's order is fixed
+            out[window] += weight * probability
+    margin = layout.margin
+    inner = slice(margin, -margin), slice(margin, -margin)
+    return np.where(observed[inner], out[inner], np.float32(np.nan))
 
 
-def _square(core: tuple[int, int], side: int) -> tuple[slice, slice]:
-    return slice(core[0], core[0] + side), slice(core[1], core[1] + side)
+def _batches(windows: list[tuple[slice, slice]], size: int) -> Iterator[list[tuple[slice, slice]]]:
+    for start in range(0, len(windows), size):
+        yield windows[start : start + size]
 
 
-def _batches(cores: list[tuple[int, int]], size: int) -> Iterator[list[tuple[int, int]]]:
-    for start in range(0, len(cores), size):
-        yield cores[start : start + size]
-
-
-def _stacked(image: np.ndarray, batch: list[tuple[int, int]], layout: Layout) -> np.ndarray:
+def _stacked(image: np.ndarray, batch: list[tuple[slice, slice]], layout: Layout) -> np.ndarray:
     """The last batch is filled up with windows of NaN: a batch of another size gives other last digits."""
     stacked = np.full((layout.batch, len(image), layout.seen, layout.seen), np.nan, np.float32)
-    for i, core in enumerate(batch):
-        stacked[i] = layout.cut(image, core)
+    for i, window in enumerate(batch):
+        stacked[i] = image[:, *window]
     return stacked

@@ -263,25 +263,25 @@ def compared(path, out, **options):
     return xr.open_zarr(out, group=GROUP).change
 
 
-def composites_around(path, window, halo):
-    """Both composites of a map as stored, with a window's halo: float32 (2, band, y, x), NaN where there is none."""
-    grid = Store(path).grid(GROUP)
-    row, column = window.offset_in(grid)
-    stored = xr.open_zarr(path, group=GROUP, mask_and_scale=False).composite.sortby("time").values
-    images = np.where(stored == 0, np.float32(np.nan), stored / np.float32(10_000))
-    padded = np.pad(images, [(0, 0), (0, 0), (halo, halo), (halo, halo)], constant_values=np.nan)
-    return padded[:, :, row : row + window.height + 2 * halo, column : column + window.width + 2 * halo]
+def composites_of(path, window):
+    """Both composites of a map as stored: float32 (2, band, y, x), NaN where there is none."""
+    row, column = window.offset_in(Store(path).grid(GROUP))
+    place = {"y": slice(row, row + window.height), "x": slice(column, column + window.width)}
+    stored = xr.open_zarr(path, group=GROUP, mask_and_scale=False).composite.sortby("time").isel(place).values
+    return np.where(stored == 0, np.float32(np.nan), stored / np.float32(10_000))
 
 
 def test_minenetcd_sees_both_composites_in_the_maps_windows(mapped, changer, tmp_path):
     """One window by hand, from the composites as stored; the number of workers changes nothing."""
     model, data = minemap.load_model(changer), minemap.open_map(mapped, GROUP).probability
-    tiles = list(Store(mapped).grid(GROUP).tiles(256))
-    window = max(tiles, key=lambda w: int(data.sel(y=w.y, x=w.x).notnull().all("time").sum()))
-    dates = model.recipe.normalise(composites_around(mapped, window, 32))
+    grid = Store(mapped).grid(GROUP)
+    inner = [tile for tile in grid.tiles(256) if min(tile.offset_in(grid)) > 0]
+    corners = [tile.window(-96, -96, 192, 192) for tile in inner]  # of the 320 px seen those of one window alone
+    window = max(corners, key=lambda w: int(data.sel(y=w.y, x=w.x).notnull().all("time").sum()))
+    dates = model.recipe.normalise(composites_of(mapped, window.buffered(64)))
     orders = [torch.from_numpy(np.concatenate(pair)[None]) for pair in (dates, dates[::-1])]
     with torch.no_grad():
-        gain, loss = (torch.sigmoid(model.network()(x))[0, 0, 32:-32, 32:-32].numpy() for x in orders)
+        gain, loss = (torch.sigmoid(model.network()(x))[0, 0, 64:-64, 64:-64].numpy() for x in orders)
     likely = np.maximum(gain, loss)
     threshold = round(float(np.median(likely)), 4)
     percent = data.sel(y=window.y, x=window.x).values
@@ -290,9 +290,9 @@ def test_minenetcd_sees_both_composites_in_the_maps_windows(mapped, changer, tmp
     options = {"method": "minenetcd", "model": changer, "threshold": threshold}
     found = compared(mapped, tmp_path / "change.zarr", **options).sel(y=window.y, x=window.x).values
     sure = ~np.isnan(percent).any(axis=0)
-    assert sure.sum() > 20_000 and (found[~sure] == 255).all()
+    assert sure.sum() > 15_000 and (found[~sure] == 255).all()
     sure &= (np.abs(likely - threshold) > 1e-4) & (np.abs(gain - loss) > 1e-4)
-    assert sure.sum() > 20_000 and len(np.unique(expected[sure])) > 1
+    assert sure.sum() > 15_000 and len(np.unique(expected[sure])) > 1
     assert (found == expected)[sure].all()
     compared(mapped, tmp_path / "two.zarr", cluster="local", workers=2, **options)
     assert files(tmp_path / "two.zarr") == files(tmp_path / "change.zarr")

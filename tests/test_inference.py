@@ -20,25 +20,39 @@ SETTINGS = Settings("fp32", 2)
 def picture(height, width, seed=0):
     rng = np.random.default_rng(seed)
     image = rng.uniform(0.01, 0.4, (len(BANDS), height, width)).astype(np.float32)
-    image[:, 40:60, 50:90] = np.nan
+    image[:, 200:220, 250:290] = np.nan
     return image
 
 
-def mean_network(windows):
-    """Known answer: the mean of the blue band over 3 × 3 pixels, nan-aware only in its middle."""
-    blue = np.nan_to_num(windows[:, 0])
-    rows = sum(np.roll(blue, shift, axis=1) for shift in (-1, 0, 1))
-    return (sum(np.roll(rows, shift, axis=2) for shift in (-1, 0, 1)) / 9).astype(np.float32)
+def blue(windows):
+    """A network whose answer is known: the blue band."""
+    return np.nan_to_num(windows[:, 0])
 
 
-@pytest.mark.parametrize(("window", "halo", "batch"), [(64, 8, 3), (32, 1, 1), (128, 32, 8)])
-def test_tiled_equals_whole_for_a_local_network(window, halo, batch):
-    image = picture(256 + 2 * halo, 384 + 2 * halo)
-    whole = mean_network(image[None])[0, halo:-halo, halo:-halo]
-    got = run_windows(image, mean_network, Layout(window, halo, batch))
-    seen = ~np.isnan(image[0, halo:-halo, halo:-halo])
-    np.testing.assert_allclose(got[seen], whole[seen], rtol=1e-6)
-    assert np.isnan(got[~seen]).all()
+@pytest.mark.parametrize(("window", "halo", "batch"), [(64, 8, 3), (32, 1, 1), (128, 32, 8), (64, 32, 2)])
+def test_every_pixel_gets_its_own_answer(window, halo, batch):
+    layout = Layout(window, halo, batch)
+    image = picture(256 + 2 * layout.margin, 384 + 2 * layout.margin)
+    inner = (slice(layout.margin, -layout.margin),) * 2
+    got = run_windows(image, blue, layout)
+    assert got.shape == (256, 384)
+    np.testing.assert_allclose(got, image[0][inner], rtol=1e-6)
+
+
+def test_one_window_fades_into_the_next():
+    """Windows that each say their own level: steps no larger than the ramp's, levels within theirs."""
+    layout, levels = Layout(64, 8, 1), iter(np.random.default_rng(0).permutation(np.linspace(0, 1, 25)))
+    image = np.zeros((1, 256 + 2 * layout.margin, 256 + 2 * layout.margin), np.float32)
+    got = run_windows(image, lambda w: np.full((1, *w.shape[2:]), next(levels), np.float32), layout)
+    assert max(abs(np.diff(got, axis=axis)).max() for axis in (0, 1)) <= 1 / 16 + 1e-6
+    assert got.min() >= 0 and got.max() <= 1 and len(np.unique(got[::64, ::64])) == 16
+
+
+def test_equal_answers_stay_what_they_are():
+    layout = Layout(256, 32, 4)
+    image = np.zeros((1, 512 + 2 * layout.margin, 256 + 2 * layout.margin), np.float32)
+    got = run_windows(image, lambda w: np.full((len(w), *w.shape[2:]), 0.7, np.float32), layout)
+    np.testing.assert_allclose(got, 0.7, rtol=1e-6)
 
 
 def test_batches_are_always_full_and_empty_windows_are_skipped():
@@ -48,37 +62,43 @@ def test_batches_are_always_full_and_empty_windows_are_skipped():
         shapes.append(windows.shape)
         return np.zeros((len(windows), *windows.shape[-2:]), np.float32)
 
-    image = picture(5 * 32 + 8, 32 + 8)
-    image[:, :36] = np.nan
-    run_windows(image, network, Layout(32, 4, 3))
-    assert shapes == [(3, len(BANDS), 40, 40)] * 2
+    image = picture(4 * 32 + 40, 32 + 40)  # 5 x 2 windows
+    image[:, :72] = np.nan  # two of the rows and the overlap with the third
+    run_windows(image, network, Layout(32, 4, 4))
+    assert shapes == [(4, len(BANDS), 40, 40)] * 2
     with pytest.raises(ValueError, match="does not divide into windows"):
-        run_windows(image[:, :-1], network, Layout(32, 4, 3))
+        run_windows(image[:, :-1], network, Layout(32, 4, 4))
 
 
 def test_the_network_gives_what_torch_gives_window_by_window(model):
     checkpoint = load_model(model)
-    image = picture(512 + 64, 256 + 64)
+    image = picture(512 + 320, 256 + 320)
     got = probability(image, checkpoint, SETTINGS)
-    network = checkpoint.network()
-    for row in (0, 256):
-        window = checkpoint.recipe.normalise(image[None, :, row : row + 320])
-        with torch.inference_mode():
-            expected = torch.sigmoid(network(torch.from_numpy(window)))[0, 0, 32:-32, 32:-32].numpy()
-        seen = ~np.isnan(image[0, 32 + row : 288 + row, 32:-32])
-        np.testing.assert_allclose(got[row : row + 256][seen], expected[seen], atol=1e-5)
+    network, total, weights = checkpoint.network(), np.zeros((832, 576)), np.zeros((832, 576))
+    across = np.minimum(np.arange(1, 640, 2), np.arange(639, 0, -2)).clip(max=128)  # 64 px up and down
+    for row in (0, 256, 512):
+        for column in (0, 256):
+            place = slice(row, row + 320), slice(column, column + 320)
+            window = checkpoint.recipe.normalise(image[None, :, *place])
+            with torch.inference_mode():
+                answer = torch.sigmoid(network(torch.from_numpy(window)))[0, 0].numpy()
+            total[place] += np.outer(across, across) * answer
+            weights[place] += np.outer(across, across)
+    expected = (total / weights)[160:-160, 160:-160]
+    seen = ~np.isnan(image[0, 160:-160, 160:-160])
+    np.testing.assert_allclose(got[seen], expected[seen], atol=1e-5)
 
 
 def test_streams_do_not_change_a_byte(model):
     checkpoint = load_model(model)
-    image = picture(1024 + 64, 512 + 64)
+    image = picture(1024 + 320, 512 + 320)
     for precision in ("fp32", "bf16"):
         one, two = (probability(image, checkpoint, Settings(precision, n)) for n in (1, 2))
         assert one.tobytes() == two.tobytes()
 
 
 def test_bf16_is_within_two_levels_of_fp32(model):
-    image = picture(1024 + 64, 512 + 64)
+    image = picture(1024 + 320, 512 + 320)
     one, two = (percent(probability(image, load_model(model), Settings(p))).astype(int) for p in ("fp32", "bf16"))
     assert ((one == 255) == (two == 255)).all()
     assert (abs(one - two) <= 2).mean() > 0.999
@@ -96,13 +116,13 @@ def test_lazy_prediction_is_the_zones_own_whatever_the_chunks_and_the_cut(model)
     whole = predict(image, checkpoint, precision="fp32")
     assert whole.dtype == np.uint8 and whole.dims == ("y", "x")
     reference = whole.values
-    assert (reference[40:60, 50:90] == 255).all() and (reference != 255).mean() > 0.99
+    assert (reference[200:220, 250:290] == 255).all() and (reference != 255).mean() > 0.99
     chunked = predict(image.chunk(y=300, x=411), checkpoint, precision="fp32")
     assert chunked.chunks is not None
     np.testing.assert_array_equal(chunked.values, reference)
     cut = predict(image.isel(y=slice(100, 900), x=slice(37, 1000)), checkpoint, precision="fp32")
-    # windows whose 320 px lie inside both arrays: rows 256-767, columns 256-767
-    np.testing.assert_array_equal(cut.values[156:668, 219:731], reference[256:768, 256:768])
+    # pixels whose windows all lie inside both arrays: that of the row of 512, those of the columns of 256 to 768
+    np.testing.assert_array_equal(cut.values[316:508, 123:827], reference[416:608, 160:864])
     assert cut["y"].values[0] == image["y"].values[100]
 
 

@@ -39,7 +39,7 @@ RATE = 1e-3
 
 @dataclass(frozen=True)
 class Stage:
-    """One cosine of AdamW. side: of the windows, pixels; a map's are 320 (a core of 256, a halo of 32)."""
+    """One cosine of AdamW. side: of the windows, pixels; a map's are 320 (256 from one to the next, 64 shared)."""
 
     name: str
     steps: int
@@ -174,8 +174,8 @@ def fit(network: nn.Module, scenes: list[Scene], recipe: Recipe, stage: Stage) -
 def intersection_over_union(network: nn.Module, recipe: Recipe, scene: Scene) -> float:
     """IoU of mine over a whole scene, mapped window by window as a map is; NaN where no mine was observed."""
     layout = Layout(recipe.window, recipe.halo, batch=4)
-    spare = [-n % layout.window + layout.halo for n in scene.mask.shape]
-    padding = [(0, 0), *((layout.halo, after) for after in spare)]
+    spare = [-n % layout.window + layout.margin for n in scene.mask.shape]
+    padding = [(0, 0), *((layout.margin, after) for after in spare)]
     image = np.pad(scene.image.astype(np.float32), padding, constant_values=np.nan)
 
     def probability(windows: NDArray[np.float32]) -> NDArray[np.float32]:
