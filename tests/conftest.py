@@ -76,7 +76,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from minemap.models import build
 
     torch.manual_seed(0)
-    options = {"encoder_name": "resnet18", "in_channels": len(BANDS)}
+    options = {"encoder_name": "tu-regnetx_002", "in_channels": len(BANDS)}
+    options |= {"decoder_pyramid_channels": 32, "decoder_segmentation_channels": 32}
     recipe = Recipe(
         name="random",
         architecture="fpn",

@@ -222,7 +222,7 @@ def map_years(items, bbox, out):
 def changer(tmp_path_factory):
     """A small MineNetCD with random weights."""
     torch.manual_seed(0)
-    options = {"in_channels": len(BANDS), "encoder": "resnet18", "width": 16}
+    options = {"in_channels": len(BANDS), "encoder": "tu-regnetx_002", "width": 16}
     scale = {"mean": (0.05, 0.08, 0.08, 0.25, 0.2, 0.12), "std": (0.05, 0.05, 0.07, 0.1, 0.1, 0.1)}
     recipe = Recipe("changer", "minenetcd", options, BANDS, threshold=0.5, classes=("gain",), **scale)
     folder = tmp_path_factory.mktemp("changer") / "model"

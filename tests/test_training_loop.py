@@ -98,7 +98,7 @@ RUN += "train(make_config(json.loads(sys.argv[1])))"
 
 
 def test_killed_and_resumed_equals_never_killed(chips: str, teacher: str, tmp_path: Path) -> None:
-    options = {"epochs": 4, "warmup": 1, "ema": 0.9, "blend": 0.5, "jitter": 0.2, "teacher": teacher}
+    options = {"epochs": 3, "warmup": 1, "ema": 0.9, "blend": 0.5, "jitter": 0.2, "teacher": teacher}
     whole = train(_config(chips, tmp_path / "whole", **options))
     values = {**TINY, **options, "out": str(tmp_path / "killed"), "data": [chips]}
     command = [sys.executable, "-c", RUN, json.dumps(values)]
