@@ -143,12 +143,14 @@ def whole_map_against_stages() -> Iterator[str]:
     yield f"whole map {whole:.1f}, sum of stages {total:.1f}: ratio {whole / total:.2f}"
 
 
+# The high-water mark of the address space: that of getrusage would count what the process that started it had
 PEAK = """
-import json, resource, sys
+import json, pathlib, sys
 from minemap import map_area
 items, bbox, out, chunk = sys.argv[1:]
 map_area(json.loads(bbox), "2023", out, stac=items, chunk=int(chunk), max_cloud=100)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+(line,) = [line for line in pathlib.Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+print(line.split()[1])
 """
 
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from minemap.checkpoint import Checkpoint, Recipe
+from minemap.inference import keep_freed_memory
 from minemap.training import metrics
 from minemap.training.chips import Chips, normalised
 
@@ -46,6 +47,7 @@ def predict_chips(
     seen: side of what the network is shown at least, in pixels; None for a map's window, so that a chip scores as it
     would in a map (what lies around it there is not observed, and filled by reflection too).
     """
+    keep_freed_memory()
     device = next(network.parameters()).device
     side = recipe.window + 2 * recipe.halo if seen is None else seen
     pads = [padding(n, recipe.stride, side) for n in chips.image.shape[-2:]]
