@@ -80,7 +80,7 @@ def stacks(land, mapped):
 
 
 def test_yearly_areas_are_those_of_the_truth(mapped, stacks):
-    """Within 5 % of the truth where it was seen; in the clouded year little of it was."""
+    """Within 5 % of the truth where it was seen, in the clouded year as well."""
     _, frame, _ = mapped
     mine, truth, area, inside = stacks
     assert frame["year"].tolist() == list(YEARS)
@@ -88,19 +88,15 @@ def test_yearly_areas_are_those_of_the_truth(mapped, stacks):
         seen = inside & (mine[n] != 255)
         true = area[seen & (truth[n] == 1)].sum()
         assert row.mapped_area_km2 == pytest.approx(area[seen & (mine[n] == 1)].sum(), abs=1e-6)
-        limit = 0.1 if row.year == CLOUDED else 0.05
-        assert abs(row.mapped_area_km2 - true) <= limit * true, (row.year, row.mapped_area_km2, true)
+        assert abs(row.mapped_area_km2 - true) <= 0.05 * true, (row.year, row.mapped_area_km2, true)
 
 
 def test_first_year_mined(stacks):
+    """Right for 80 % of all mined pixels, those that clouds hid in the year they were mined among them."""
     mine, truth, _, inside = stacks
-    """Right for 80 % of the mined pixels whose first year, and the year before it, were seen."""
     true, found = first_year(truth, YEARS), first_year(mine, YEARS)
-    seen = mine != 255
-    begun = np.searchsorted(YEARS, np.maximum(true, YEARS[0]))[None]
-    known = np.take_along_axis(seen, begun, 0) & np.take_along_axis(seen, np.maximum(begun - 1, 0), 0)
-    mined = inside & (true > 0) & known[0]
-    assert mined.sum() > 0.7 * (inside & (true > 0)).sum()
+    mined = inside & (true > 0)
+    assert mined.sum() > 10_000
     assert (true[mined] == found[mined]).mean() >= 0.8
 
 
