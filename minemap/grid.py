@@ -1,6 +1,6 @@
 """Where pixels are: one frozen Grid per UTM zone, its super-tiles, and which zone owns a pixel.
 
-Every zone has one fixed lattice: pixel edges at multiples of the resolution, 256-px windows at multiples of
+Every zone has one fixed lattice: pixel edges at multiples of the resolution, 256-px squares at multiples of
 256 px, super-tiles at multiples of their size, scene cells at multiples of 2048 px, all counted from easting 0
 and northing 0 of the zone. A Grid is a piece of that lattice.
 """
@@ -203,8 +203,9 @@ def grids(bbox: BBox, chunk: int = CHUNK, *, extent: str = "bbox", resolution: f
 
 
 def wanted_windows(tile: Grid, bbox: BBox) -> tuple[int, int, int, int] | None:
-    """First row, end row, first column, end column (in windows) of `tile` that hold pixels of `bbox`.
+    """First row, end row, first column, end column (in 256-px squares) of `tile` that hold pixels of `bbox`.
 
+    Called windows here, in Work and in the ledger; those of the network are centred on their corners (tiles.Layout).
     Only owned pixels count. None when there are none. A window with a corner pixel in the box holds one; its other
     pixels are looked at only where no corner is in the box though the box may reach between them.
     """

@@ -112,7 +112,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Work:
-    """One super-tile to make: where, and which of its windows (first row, end row, first column, end column)."""
+    """One super-tile to make: where, and which of its 256-px squares (first row, end row, first column, end)."""
 
     tile: Grid
     windows: tuple[int, int, int, int]

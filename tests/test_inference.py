@@ -11,6 +11,7 @@ from minemap import predict
 from minemap.checkpoint import load_model
 from minemap.grid import Grid
 from minemap.inference import Settings, percent, probability
+from minemap.scenes import HALO
 from minemap.sentinel2 import BANDS
 from minemap.tiles import Layout, run_windows
 
@@ -46,6 +47,10 @@ def test_one_window_fades_into_the_next():
     got = run_windows(image, lambda w: np.full((1, *w.shape[2:]), next(levels), np.float32), layout)
     assert max(abs(np.diff(got, axis=axis)).max() for axis in (0, 1)) <= 1 / 16 + 1e-6
     assert got.min() >= 0 and got.max() <= 1 and len(np.unique(got[::64, ::64])) == 16
+
+
+def test_scenes_are_chosen_for_all_that_windows_see():
+    assert Layout().margin == HALO
 
 
 def test_equal_answers_stay_what_they_are():
