@@ -103,12 +103,10 @@ def composite_layers(
     n, bands, height, width = dn.shape
     image = np.full((bands, height, width), np.nan, np.float32)
     count = np.zeros((height, width), np.uint8)
-    for rows in _strips(n, height, width):
-        part = scl[:, rows]
-        if n:
-            image[:, rows], count[rows] = composite_looks(
-                partial(_load_band, load, dn[:, :, rows]), _present(layers["dn"]), load(part), looks, rule
-            )
+    for rows in _strips(n, height, width) if n else ():
+        read_band = partial(_load_band, load, dn[:, :, rows])
+        present, strip = _present(layers["dn"]), image[:, rows]
+        _, count[rows] = composite_looks(read_band, present, load(scl[:, rows]), looks, rule, out=strip)
     return image, count
 
 
@@ -130,27 +128,33 @@ def _strips(n: int, height: int, width: int) -> Iterator[slice]:
 
 
 def composite_looks(
-    read_band: Callable[[int], np.ndarray], present: list[bool], scl: np.ndarray, looks: np.ndarray, rule: Rule
+    read_band: Callable[[int], np.ndarray],
+    present: list[bool],
+    scl: np.ndarray,
+    looks: np.ndarray,
+    rule: Rule,
+    *,
+    out: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """read_band(b): uint16 (layer, y, x) of one band; scl: uint8 (layer, y, x); looks: (layer,) which look each
-    layer belongs to. present: which bands there are; one that is not is not counted and stays NaN."""
+    layer belongs to. present: which bands there are; one that is not is not counted and stays NaN. out: NaN float32
+    (band, y, x) for the image; a new one without."""
     bands = len(present)
     doubtful = _doubtful(scl, looks, rule) if rule.rescue else np.zeros(scl.shape[1:], bool)
-    image = np.full((bands, *scl.shape[1:]), np.nan, np.float32)
+    image = np.full((bands, *scl.shape[1:]), np.nan, np.float32) if out is None else out
     rescued = np.full((bands, int(doubtful.sum())), np.nan, np.float32)
     stable = np.ones(rescued.shape[1], bool)
     count = np.full(scl.shape[1:], ABSENT)
     rescued_count = np.full(rescued.shape[1], ABSENT)
-    hidden = np.isin(np.arange(256), rule.masked)[scl]
     for b in range(bands):
         if not present[b]:
             continue
         values = read_band(b)
         if rescued.shape[1]:
-            rescued[b], seen, calm = _rescue(values[:, doubtful], scl[:, doubtful], looks, rule)
+            rescued[b], seen, calm = _rescue(values, scl, doubtful, looks, rule)
             rescued_count, stable = np.minimum(rescued_count, seen), stable & calm
-        image[b], seen = _median_of_clear(values, hidden, looks)
-        count = np.minimum(count, seen)
+        image[b], seen = _median_of_clear(values, scl, looks, rule)
+        np.minimum(count, seen, out=count)
     accepted = doubtful.copy()
     accepted[doubtful] = stable
     image[:, accepted], count[accepted] = rescued[:, stable], rescued_count[stable]
@@ -182,14 +186,17 @@ def _members(looks: np.ndarray) -> Iterator[np.ndarray]:
         yield np.flatnonzero(looks == look)
 
 
-def _median_of_clear(values: np.ndarray, hidden: np.ndarray, looks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _median_of_clear(
+    values: np.ndarray, scl: np.ndarray, looks: np.ndarray, rule: Rule
+) -> tuple[np.ndarray, np.ndarray]:
     """Reflectance float32 (y, x), NaN without a clear look, and the number of clear looks (y, x)."""
-    flat, hidden = values.reshape(len(values), -1), hidden.reshape(len(values), -1)
+    flat, classes = values.reshape(len(values), -1), scl.reshape(len(scl), -1)
+    masked = np.isin(np.arange(256), rule.masked)
     median = np.empty(flat.shape[1], np.float32)
     count = np.empty(flat.shape[1], np.uint16)
     for start in range(0, flat.shape[1], BLOCK):
         part = slice(start, start + BLOCK)
-        block = np.where(hidden[:, part], ABSENT, flat[:, part])
+        block = np.where(masked[classes[:, part]], ABSENT, flat[:, part])
         median[part], count[part] = _median(_merged(block, looks))
     return median.reshape(values.shape[1:]), count.reshape(values.shape[1:])
 
@@ -209,14 +216,22 @@ def _merged(values: np.ndarray, looks: np.ndarray) -> np.ndarray:
 
 
 def _rescue(
-    values: np.ndarray, scl: np.ndarray, looks: np.ndarray, rule: Rule
+    values: np.ndarray, scl: np.ndarray, doubtful: np.ndarray, looks: np.ndarray, rule: Rule
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For (layer, pixel) of one band: median of all looks, their number, whether they are stable."""
-    merged = _merged(np.where(np.isin(scl, _NEVER_SEEN), ABSENT, values), looks)
-    middle, count = _median(merged)
-    stored = np.nan_to_num(middle / np.float32(SCALE))
-    away = np.where(merged == ABSENT, ABSENT, np.abs(merged - stored).astype(np.uint16))
-    spread, _ = _median(away)
+    """For the doubtful pixels of one band: median of all looks, their number, whether they are stable."""
+    flat, classes = values.reshape(len(values), -1), scl.reshape(len(scl), -1)
+    never, pixels = np.isin(np.arange(256), _NEVER_SEEN), np.flatnonzero(doubtful)
+    middle = np.empty(len(pixels), np.float32)
+    count = np.empty(len(pixels), np.uint16)
+    spread = np.empty(len(pixels), np.float32)
+    for start in range(0, len(pixels), BLOCK):
+        part = slice(start, start + BLOCK)
+        chosen = pixels[part]
+        merged = _merged(np.where(never[classes[:, chosen]], ABSENT, flat[:, chosen]), looks)
+        middle[part], count[part] = _median(merged)
+        stored = np.nan_to_num(middle[part] / np.float32(SCALE))
+        away = np.where(merged == ABSENT, ABSENT, np.abs(merged - stored).astype(np.uint16))
+        spread[part], _ = _median(away)
     stable = (count >= rule.rescue_looks) & (spread <= rule.rescue_spread * middle)
     return middle, count, stable
 

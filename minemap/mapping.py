@@ -28,7 +28,17 @@ from .compositing import Rule, composite_layers
 from .cube import READERS, load_layers
 from .errors import ClusterError, InputError, NoItemsError, ReadError, StoreError
 from .grid import CHUNK, CHUNKS, WINDOW, BBox, Grid, cell_side, check_bbox, grids, pixel_area_km2, wanted_windows
-from .inference import NOT_OBSERVED, Settings, layout, mine_from, one_date, percent, probability_and_batch
+from .inference import (
+    NOT_OBSERVED,
+    Settings,
+    keep_freed_memory,
+    layout,
+    mine_from,
+    one_date,
+    percent,
+    probability_and_batch,
+    return_freed_memory,
+)
 from .reader import Access, read_overview
 from .scenes import (
     Acquisition,
@@ -635,6 +645,7 @@ def read_image(inner: Grid, halo: int, how: Reading) -> tuple[np.ndarray, np.nda
     Returns reflectance float32 (band, y + 2 halo, x + 2 halo), NaN where not observed; clear looks uint8 (y, x); the
     ids of the items that were read; and the offset decided for each, with its reason.
     """
+    keep_freed_memory()
     seen = inner.buffered(halo)
     chosen = how.store.read_cell(inner.group, inner.cell, how.period)
     if chosen is None:
@@ -656,6 +667,7 @@ def read_image(inner: Grid, halo: int, how: Reading) -> tuple[np.ndarray, np.nda
         )
     with ThreadPoolExecutor(READ_THREADS, "read") as pool:
         image, count = composite_layers(layers, how.rule, lambda lazy: _loaded(lazy, pool))
+    return_freed_memory()
     used = [str(name) for name in layers["id"].values]
     core = slice(halo, -halo or None)
     return image, count[core, core], used, layers.attrs["offsets"]

@@ -138,6 +138,7 @@ def _footprint(store: Store, periods: list[Period], groups: list[str]) -> tuple[
 def _model(attributes: dict[str, Any]) -> dict[str, Any]:
     """The model's properties in the terms of the MLM extension."""
     recipe = attributes["recipe"]
+    history = recipe["training"]
     side = recipe["window"] + 2 * recipe["halo"]
     taken = {"shape": [-1, len(recipe["mean"]), side, side], "dim_order": ["batch", "bands", "height", "width"]}
     given = {"shape": [-1, 1, side, side], "dim_order": ["batch", "classes", "height", "width"]}
@@ -152,7 +153,7 @@ def _model(attributes: dict[str, Any]) -> dict[str, Any]:
         "mlm:tasks": ["semantic-segmentation"],
         "mlm:framework": "pytorch",
         "mlm:framework_version": version("torch"),
-        "mlm:pretrained": bool(recipe["training"].get("imagenet", False)),
+        "mlm:pretrained": any(part.get("imagenet", False) for part in (history, history.get("visible", {}))),
         "mlm:hyperparameters": {**recipe["options"], "precision": attributes["parameters"]["precision"]},
         "mlm:input": [
             {

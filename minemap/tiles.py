@@ -21,7 +21,7 @@ class Layout:
 
     window: int = 256
     halo: int = 32
-    batch: int = 4
+    batch: int = 2
 
     @property
     def seen(self) -> int:
@@ -66,7 +66,9 @@ def run_windows(
     image: float32 (band, y + 2 margin, x + 2 margin), NaN in all bands = not observed. Windows in which nothing is
     observed are skipped. mapper: how batches are run, `map` or a pool's (it must keep their order).
     """
-    observed = ~np.isnan(image).all(axis=0)
+    observed: np.ndarray = np.zeros(image.shape[1:], bool)
+    for band in image:
+        observed |= ~np.isnan(band)
     windows = [window for window in layout.windows(observed.shape) if observed[window].any()]
     batches = list(_batches(windows, layout.batch))
     answers = mapper(network, (_stacked(image, batch, layout) for batch in batches))

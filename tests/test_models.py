@@ -192,6 +192,42 @@ def test_nothing_observed_is_finite() -> None:
         assert torch.isfinite(student(torch.zeros(1, 6, 64, 64))).all()
 
 
+SMALL = {"encoder": "tu-regnetx_002", "group_width": 8}
+VISIBLE = {"encoder": "resnet18", "gated_fusion": False, "detail": True}
+
+
+def _mixed() -> torch.Tensor:
+    """Six bands, RGB alone, no SWIR, nothing."""
+    x = torch.randn(4, 6, 64, 64)
+    x[1, 3:] = 0
+    x[2, 4:] = 0
+    x[3] = 0
+    return x
+
+
+def test_images_without_infrared_have_a_network_of_their_own() -> None:
+    network = MineC2FNet(**SMALL, visible=VISIBLE).eval()
+    for part in (network.levels, network.visible.levels):
+        _shake(part)
+    x = _mixed()
+    with torch.no_grad():
+        answer = network(x)
+        assert torch.equal(answer[1], network.visible(x[:, :3])[1])
+        for i in (0, 2, 3):
+            assert torch.equal(answer[i], network._answer(x, None)[i])
+        assert torch.equal(network(x[[1, 1]])[0], network.visible(x[[1, 1]][:, :3])[0])
+
+
+def test_a_network_for_the_visible_is_folded_too() -> None:
+    from minemap.models.folding import for_inference
+
+    network = MineC2FNet(**SMALL, visible=VISIBLE | {"encoder": "tu-tf_efficientnet_lite0"}).eval()
+    x = _mixed()
+    with torch.no_grad():
+        before = network(x)
+        assert torch.allclose(for_inference(network)(x), before, atol=1e-4 * before.abs().max().item(), rtol=0)
+
+
 @pytest.mark.parametrize(
     ("architecture", "encoder", "norms"),
     [("minec2fnet", "densenet121", 124), ("fpn", "resnet34", 0), ("unet", "resnet50", 0)],

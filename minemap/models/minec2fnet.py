@@ -11,10 +11,13 @@ What the paper leaves open, and our choice:
   new parts start as the identity, and a student started from its teacher starts exactly as the teacher.
 - Absent pixels are filled by mirroring first (fill.py): how much of a window is missing must change the answer
   for the rest as little as possible, though attention and group normalisation look at all of it.
+- Images that have nothing but blue, green and red may have a smaller network of their own inside (`visible`): with
+  half of the channels at zero the batch norms' statistics of six bands fit no layer (docs/training.md).
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import segmentation_models_pytorch as smp
@@ -25,9 +28,11 @@ from torch.nn import functional as F
 from minemap.models.fill import fill_absent
 
 LEVELS = 4  # feature levels that the FPN decoder takes
+VISIBLE = 3  # channels before the infrared
+DEFAULT_ENCODER = "densenet121"
 
 
-def teacher_network(in_channels: int = 6, *, encoder: str = "densenet121", imagenet: bool = False) -> nn.Module:
+def teacher_network(in_channels: int = 6, *, encoder: str = DEFAULT_ENCODER, imagenet: bool = False) -> nn.Module:
     """The teacher: FPN on a DenseNet-121 encoder, (N, C, H, W) -> logits (N, 1, H, W)."""
     weights = "imagenet" if imagenet else None
     network: Any = smp.FPN(encoder, encoder_weights=weights, in_channels=in_channels, classes=1)
@@ -94,7 +99,7 @@ class Refinement(nn.Module):
 
     def __init__(self, channels: int, *, steps: int, group_width: int) -> None:
         super().__init__()
-        groups = channels // group_width
+        groups = math.gcd(channels, max(1, channels // group_width))  # where the width does not divide: fewer, wider
         self.convs = nn.ModuleList(
             nn.Conv2d(channels, channels, kernel_size=3, padding=1, groups=groups) for _ in range(steps)
         )
@@ -161,20 +166,22 @@ class MineC2FNet(nn.Module):
 
     Input normalised, 0 = absent; H and W multiples of 32. With `gated_fusion` off no teacher features are
     injected and there is no frozen encoder; with all three parts off it is the plain FPN. `detail` adds a head
-    of our own that works at full resolution.
+    of our own that works at full resolution. visible: options of the network that takes the first three channels of
+    those samples in which all others are absent.
     """
 
     def __init__(
         self,
         in_channels: int = 6,
         *,
-        encoder: str = "densenet121",
+        encoder: str = DEFAULT_ENCODER,
         gated_fusion: bool = True,
         cbam: bool = True,
         refinement: bool = True,
         steps: int = 3,
         group_width: int = 16,
         detail: bool = False,
+        visible: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         student: Any = teacher_network(in_channels, encoder=encoder)
@@ -196,6 +203,7 @@ class MineC2FNet(nn.Module):
         )
         shallow = self.encoder.out_channels[1]
         self.detail = DetailHead(in_channels, shallow, student.decoder.out_channels) if detail else None
+        self.visible = MineC2FNet(VISIBLE, **visible) if visible else None
         self._freeze()
 
     def _freeze(self) -> None:
@@ -227,6 +235,13 @@ class MineC2FNet(nn.Module):
 
     def forward(self, x: Tensor, teacher: list[Tensor] | None = None) -> Tensor:
         """`teacher`: what `teacher_features` gave for the same input, where it is at hand already."""
+        if self.visible is None or not (alone := _without_infrared(x)).any():
+            return self._answer(x, teacher)
+        seen = self.visible(x[:, :VISIBLE])
+        # Both look at the whole batch: parts of it would give other last digits
+        return seen if alone.all() else torch.where(alone[:, None, None, None], seen, self._answer(x, teacher))
+
+    def _answer(self, x: Tensor, teacher: list[Tensor] | None) -> Tensor:
         x = fill_absent(x)
         frozen = self.teacher_features(x) if teacher is None else teacher
         own = self.encoder(x)
@@ -235,6 +250,12 @@ class MineC2FNet(nn.Module):
         decoded = self.decoder(fused)
         logits = self.head(decoded)
         return logits if self.detail is None else self.detail(x, own[1], decoded, logits)
+
+
+def _without_infrared(x: Tensor) -> Tensor:
+    """Which samples have something in the first three channels and nothing beyond, bool (N,)."""
+    given = (x != 0).flatten(2).any(dim=2)
+    return given[:, :VISIBLE].any(dim=1) & ~given[:, VISIBLE:].any(dim=1)
 
 
 def spatial_mean(x: Tensor) -> Tensor:

@@ -100,9 +100,18 @@ def render(recipe: Recipe) -> str:
         "data": " and ".join(recipe.training.get("data", [])),
         "seed": recipe.training.get("seed"),
         "note": recipe.training.get("note", ""),
-        "imagenet": "yes" if recipe.training.get("imagenet") else "no, from random weights",
+        "imagenet": _imagenet(recipe.training),
     }
     return (Path(__file__).parent / "card.md").read_text().format(**values)
+
+
+def _imagenet(training: dict[str, Any]) -> str:
+    """Whether the weights started from ImageNet's, in words."""
+    words = "yes" if training.get("imagenet") else "no, from random weights"
+    if "visible" not in training:
+        return words
+    visible = training["visible"]
+    return f"{words}; the network that answers images of RGB alone ({visible['encoder']}): {_imagenet(visible)}"
 
 
 def areas(model: dict[str, Any] | None) -> str:

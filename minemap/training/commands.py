@@ -79,10 +79,11 @@ def train_config(args: argparse.Namespace) -> TrainConfig:
         "baseline": BASELINES[args.name],
         "change": CHANGE | {"start": DEFAULT_MODEL},
     }
-    needs = args.kind == "student" or (args.kind == "baseline" and args.name in NEED_TEACHER)
     values = {"out": args.out, "data": list(args.chips), "teacher": args.teacher, **kinds[args.kind]}
     values |= dict(_assignment(text) for text in args.set)
     config = make_config(values) if args.config is None else read_config(args.config, **values)
+    learns = config.gated_fusion or config.selection != "none"
+    needs = learns if args.kind == "student" else args.kind == "baseline" and args.name in NEED_TEACHER
     if needs and config.teacher is None:
         raise InputError(f"training a {args.kind} needs --teacher: train one with `minemap train teacher`")
     return config

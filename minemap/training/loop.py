@@ -25,7 +25,7 @@ from minemap.checkpoint import Checkpoint, Recipe, load_model, save
 from minemap.errors import InputError
 from minemap.inference import keep_freed_memory
 from minemap.models.fill import fill_absent
-from minemap.models.minec2fnet import MineC2FNet, teacher_network
+from minemap.models.minec2fnet import DEFAULT_ENCODER, MineC2FNet, teacher_network
 from minemap.models.minenetcd import MineNetCD
 from minemap.training import metrics
 from minemap.training.batches import make_batch
@@ -34,6 +34,7 @@ from minemap.training.coarse import COARSENINGS, coarsen_chips
 from minemap.training.config import TrainConfig, as_json
 from minemap.training.continual import attention_loss, select_replay
 from minemap.training.evaluate import QUICK, predict_chips
+from minemap.training.imagenet import PACKAGED, load_packaged
 from minemap.training.losses import LossWeights, distillation_loss, student_loss
 
 # Surface reflectance of the decided pixels of mines6's training split: mean and standard deviation by band.
@@ -184,14 +185,18 @@ def network_options(config: TrainConfig) -> dict[str, Any]:
     if config.architecture == "minec2fnet":
         options |= {k: getattr(config, k) for k in ("gated_fusion", "cbam", "refinement", "steps", "detail")}
     if config.architecture == "minenetcd":
-        options |= {k: getattr(config, k) for k in ("encoder", "change_fft")}
+        options["change_fft"] = config.change_fft
+    if config.encoder is not None:
+        options["encoder_name" if config.architecture in models.BASELINES else "encoder"] = config.encoder
     return options
 
 
 def start_network(config: TrainConfig, recipe: Recipe, teacher: nn.Module | None) -> nn.Module:
     """The network as training starts: random, from ImageNet, or from its teacher."""
     options = dict(recipe.options)
-    if config.imagenet and config.architecture != "minec2fnet":
+    packaged = config.imagenet and config.encoder in PACKAGED
+    fetched = config.imagenet and not packaged
+    if fetched and config.architecture != "minec2fnet":
         options["encoder_weights"] = "imagenet"
     network = models.build(config.architecture, **options)
     if config.start is not None and isinstance(network, MineNetCD):
@@ -200,10 +205,13 @@ def start_network(config: TrainConfig, recipe: Recipe, teacher: nn.Module | None
         # Parts that the older network lacks start as the identity.
         network.load_state_dict(load_model(config.start).network().state_dict(), strict=False)
     elif isinstance(network, MineC2FNet):
-        start = teacher or teacher_network(options["in_channels"], imagenet=config.imagenet)
+        encoder = options.get("encoder", DEFAULT_ENCODER)
+        start = teacher or teacher_network(options["in_channels"], encoder=encoder, imagenet=fetched)
         network.start_from(start, fresh=config.fresh)
     elif teacher is not None:
         network.load_state_dict(teacher.state_dict())
+    if packaged and config.start is None and teacher is None:
+        load_packaged(network.encoder, str(config.encoder))
     return network
 
 

@@ -1,0 +1,87 @@
+"""A network for images without infrared: put into one of six bands, and started from packaged ImageNet weights."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from minemap import models
+from minemap.checkpoint import Checkpoint, Recipe, save
+from minemap.errors import InputError
+from minemap.sentinel2 import BANDS
+from minemap.training import imagenet
+from minemap.training.loop import MEAN, STD
+from minemap.training.visible import combine
+
+SMALL = {"encoder": "tu-regnetx_002", "group_width": 8}
+ENCODER = "tu-tf_efficientnet_lite0"
+
+
+def _checkpoint(folder: Path, threshold: float, bands: tuple[str, ...], **options: object) -> Checkpoint:
+    torch.manual_seed(len(bands))
+    options = {"in_channels": len(bands), **options}
+    recipe = Recipe(
+        name=folder.name,
+        architecture="minec2fnet",
+        options=options,
+        bands=bands,
+        mean=tuple(MEAN[b] for b in bands),
+        std=tuple(STD[b] for b in bands),
+        threshold=threshold,
+        training={"imagenet": len(bands) == 3},
+    )
+    return save(folder, models.build("minec2fnet", **options), recipe)
+
+
+@pytest.mark.parametrize("detail", [True, False])
+def test_each_kind_of_image_keeps_its_answer_and_one_threshold_holds(tmp_path: Path, detail: bool) -> None:
+    full = _checkpoint(tmp_path / "full", 0.6, BANDS, **SMALL)
+    options = {"encoder": "resnet18", "gated_fusion": False, "detail": detail}
+    visible = _checkpoint(tmp_path / "visible", 0.3, BANDS[:3], **options)
+    both = combine(full, visible, tmp_path / "both")
+    x = torch.randn(2, 6, 64, 64)
+    rgb = torch.where(torch.arange(6)[:, None, None] < 3, x, 0)
+    with torch.no_grad():
+        network = both.network()
+        assert torch.equal(network(x), full.network()(x))
+        shown = network(rgb).sigmoid() >= both.recipe.threshold
+        assert torch.equal(shown, visible.network()(x[:, :3]).sigmoid() >= visible.recipe.threshold)
+        assert 0 < shown.float().mean() < 1
+    assert both.recipe.threshold == 0.6
+    assert both.recipe.training["visible"] == {"imagenet": True}
+
+
+def test_networks_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    full = _checkpoint(tmp_path / "full", 0.6, BANDS, **SMALL)
+    other = _checkpoint(tmp_path / "other", 0.3, BANDS[1:4], encoder="resnet18", gated_fusion=False)
+    with pytest.raises(InputError, match="blue, green, red"):
+        combine(full, other, tmp_path / "both")
+    visible = _checkpoint(tmp_path / "visible", 0.3, BANDS[:3], encoder="resnet18", gated_fusion=False)
+    scaled = save(tmp_path / "scaled", visible.network(), replace(visible.recipe, mean=(0.1, 0.1, 0.1)))
+    with pytest.raises(InputError, match="otherwise"):
+        combine(full, scaled, tmp_path / "both")
+    assert not (tmp_path / "both").exists()
+
+
+def test_packaged_weights_are_taken_with_bands_in_our_order() -> None:
+    network = models.build("fpn", in_channels=6, encoder_name=ENCODER)
+    imagenet.load_packaged(network.encoder, ENCODER)
+    origin = importlib.util.find_spec(imagenet.PACKAGED[ENCODER]).origin
+    (file,) = Path(origin).parent.glob("models/*.pth")
+    stored = torch.load(file, weights_only=True)
+    stem = network.encoder.model.conv_stem.weight
+    for ours, theirs in ((0, 2), (1, 1), (2, 0)):  # blue, green, red of red, green, blue
+        assert torch.equal(stem[:, ours], stored["_conv_stem.weight"][:, theirs])
+    assert not stem[:, 3:].any()
+    last = network.encoder.model.blocks[6][0].bn3
+    assert torch.equal(last.running_var, stored["_blocks.15._bn2.running_var"])
+
+
+def test_a_package_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(imagenet.PACKAGED, ENCODER, "no_such_package")
+    with pytest.raises(InputError, match=r"no_such_package: install minemap\[imagenet\]"):
+        imagenet.load_packaged(None, ENCODER)
