@@ -18,7 +18,7 @@ from .errors import InputError
 from .sentinel2 import NODATA, SCALE, SCL_CLOUD, SCL_MASKED
 
 ABSENT = np.uint16(65535)  # sorts behind every look
-STRIP_BYTES = 384 * 2**20  # of looks held at a time
+STRIP_BYTES = 192 * 2**20  # of looks held at a time
 BLOCK = 2**14  # pixels sorted at a time, so that their looks stay in the cache
 _NEVER_SEEN = (0, 1)
 
@@ -103,10 +103,10 @@ def composite_layers(
     n, bands, height, width = dn.shape
     image = np.full((bands, height, width), np.nan, np.float32)
     count = np.zeros((height, width), np.uint8)
+    present = _present(layers["dn"])
     for rows in _strips(n, height, width) if n else ():
         read_band = partial(_load_band, load, dn[:, :, rows])
-        present, strip = _present(layers["dn"]), image[:, rows]
-        _, count[rows] = composite_looks(read_band, present, load(scl[:, rows]), looks, rule, out=strip)
+        _, count[rows] = composite_looks(read_band, present, load(scl[:, rows]), looks, rule, out=image[:, rows])
     return image, count
 
 

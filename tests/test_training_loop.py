@@ -202,6 +202,8 @@ def test_train_arguments(tmp_path: Path) -> None:
     )
     assert (student.architecture, student.epochs, student.bands) == ("minec2fnet", 3, ("red", "nir"))
     assert student.data == ("a.npz", "b.npz")
+    alone = commands.train_config(_arguments("student", *words, "--set", "gated_fusion=false", "selection=none"))
+    assert alone.teacher is None
     teacher = commands.train_config(_arguments("teacher", *words))
     assert (teacher.architecture, teacher.coarse, teacher.dice) == ("fpn", "blobs", 0.0)
     (tmp_path / "c.json").write_text('{"batch": 5}')
@@ -212,6 +214,7 @@ def test_train_arguments(tmp_path: Path) -> None:
     ("words", "match"),
     [
         (["student"], "needs --teacher"),
+        (["student", "--set", "gated_fusion=false"], "needs --teacher"),
         (["baseline", "--name", "lwf"], "needs --teacher"),
         (["teacher", "--set", "epochs"], "KEY=VALUE"),
         (["teacher", "--set", "surprise=1"], "KEY=VALUE"),

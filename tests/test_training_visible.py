@@ -14,7 +14,8 @@ from minemap.checkpoint import Checkpoint, Recipe, save
 from minemap.errors import InputError
 from minemap.sentinel2 import BANDS
 from minemap.training import imagenet
-from minemap.training.loop import MEAN, STD
+from minemap.training.config import make_config
+from minemap.training.loop import MEAN, STD, make_recipe, start_network
 from minemap.training.visible import combine
 
 SMALL = {"encoder": "tu-regnetx_002", "group_width": 8}
@@ -79,6 +80,17 @@ def test_packaged_weights_are_taken_with_bands_in_our_order() -> None:
     assert not stem[:, 3:].any()
     last = network.encoder.model.blocks[6][0].bn3
     assert torch.equal(last.running_var, stored["_blocks.15._bn2.running_var"])
+
+
+def test_training_starts_from_packaged_weights_when_asked() -> None:
+    config = make_config(
+        {"out": "nowhere", "bands": ["blue", "green", "red"], "encoder": ENCODER, "imagenet": True}
+        | {"gated_fusion": False, "selection": "none"}
+    )
+    network = start_network(config, make_recipe(config), None)
+    expected = models.build("fpn", in_channels=3, encoder_name=ENCODER).encoder
+    imagenet.load_packaged(expected, ENCODER)
+    assert all(torch.equal(a, b) for a, b in zip(network.encoder.parameters(), expected.parameters(), strict=True))
 
 
 def test_a_package_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
