@@ -68,7 +68,7 @@ def _against_bare(device: str, batches: tuple[int, ...], windows: int) -> Iterat
 
 def predict_against_bare() -> Iterator[str]:
     """probability() against the bare network loop at its best setting, same 320-px windows (at least 0.90)."""
-    yield from _against_bare("cpu", (4, 8), 4)
+    yield from _against_bare("cpu", (2, 4, 8), 4)
 
 
 def gpu() -> Iterator[str]:

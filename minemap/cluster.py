@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 TASK_THREADS = 2  # a worker reads the next super-tile while the network runs on this one
 GPU_THREADS = 8  # at most, of a GPU worker: a GPU waits for readers. A power of two, so that shares add up exactly
-WORKER_BYTES = 3e9  # what a worker may take with the defaults
+WORKER_BYTES = 3.2e9  # what a worker may take with the defaults
 GPU = {"GPU": 1}
 # What must be the same on workers as here: what pickles, schedules and computes ...
 EXACT = ("python", "minemap", "torch", "dask", "distributed")

@@ -12,7 +12,7 @@ from .cluster import TASK_THREADS
 from .compositing import STRIP_BYTES
 from .grid import WINDOW
 from .inference import cores
-from .scenes import Period
+from .scenes import HALO, Period
 from .store import Store, open_map
 
 if TYPE_CHECKING:
@@ -23,7 +23,9 @@ READ_SECONDS = 2.0e-7  # CPU, a pixel and acquisition: six bands and SCL decoded
 NETWORK_SECONDS = {"bf16": 0.15, "fp32": 0.45}  # CPU, a window of 320 px
 BYTES_READ = 7.3  # a pixel of 10 m and acquisition: six bands and SCL of a usual product, compressed
 BYTES_WRITTEN = 0.35  # a pixel of the map, compressed
-WORKER_BYTES = 1.2e9  # libraries, weights and a super-tile without its looks
+# Within a twentieth of the peaks that `python -m benchmarks memory memory-default` found
+WORKER_BYTES = 1.8e9  # libraries, weights, two streams of the network, GDAL's cache
+PIXEL_BYTES = 72  # a pixel of a super-tile and its margin: six bands as float32, three times
 LOOK_BYTES = 3  # a pixel and look held at a time
 
 
@@ -113,7 +115,8 @@ def estimate(plan: Plan) -> dict[str, Any]:
     looks, layers = _looks(plan)
     left = [w for w in plan.work if w not in plan.finished]
     pixels = sum(w.inner.height * w.inner.width for w in left)
-    held = max((w.inner.height * w.inner.width for w in left), default=0) * layers * LOOK_BYTES
+    largest = max((w.inner.height + 2 * HALO) * (w.inner.width + 2 * HALO) for w in left) if left else 0
+    tile_bytes = largest * PIXEL_BYTES + min(largest * layers * LOOK_BYTES, STRIP_BYTES)
     seconds, told = _seconds(plan, pixels, looks)
     return {
         "super_tiles": len(plan.work),
@@ -124,7 +127,7 @@ def estimate(plan: Plan) -> dict[str, Any]:
         "items": len(plan.items),
         "acquisitions_per_cell": round(looks, 1),
         "bytes_to_read": int(pixels * looks * BYTES_READ),
-        "worker_memory_bytes": int(WORKER_BYTES + TASK_THREADS * min(held, STRIP_BYTES)),
+        "worker_memory_bytes": int(WORKER_BYTES + TASK_THREADS * tile_bytes),
         "seconds": round(seconds),
         "seconds_from": told,
         "bytes_written": int(pixels * BYTES_WRITTEN),
