@@ -23,7 +23,7 @@ READ_SECONDS = 2.0e-7  # CPU, a pixel and acquisition: six bands and SCL decoded
 NETWORK_SECONDS = {"bf16": 0.15, "fp32": 0.45}  # CPU, a window of 320 px
 BYTES_READ = 7.3  # a pixel of 10 m and acquisition: six bands and SCL of a usual product, compressed
 BYTES_WRITTEN = 0.35  # a pixel of the map, compressed
-# Within a twentieth of the peaks that `python -m benchmarks memory memory-default` found
+# Within a twentieth of the peaks that `python -m benchmarks memory memory-default` found with many super-tiles
 WORKER_BYTES = 1.8e9  # libraries, weights, two streams of the network, GDAL's cache
 PIXEL_BYTES = 72  # a pixel of a super-tile and its margin: six bands as float32, three times
 LOOK_BYTES = 3  # a pixel and look held at a time
@@ -127,7 +127,7 @@ def estimate(plan: Plan) -> dict[str, Any]:
         "items": len(plan.items),
         "acquisitions_per_cell": round(looks, 1),
         "bytes_to_read": int(pixels * looks * BYTES_READ),
-        "worker_memory_bytes": int(WORKER_BYTES + TASK_THREADS * tile_bytes),
+        "worker_memory_bytes": int(WORKER_BYTES + min(TASK_THREADS, len(left)) * tile_bytes),
         "seconds": round(seconds),
         "seconds_from": told,
         "bytes_written": int(pixels * BYTES_WRITTEN),

