@@ -388,6 +388,8 @@ def _paint(lobe: Lobe, year: int, slot: NDArray[np.int32], reflectance: Array) -
     reach = lobe.reach(year)
     (window, level), rng = lobe.level(slot.shape), stream(lobe.seed, "paint")
     inside = (level < reach) & (slot[window] >= 0)
+    if not inside.any():  # the lobe may lie outside the scene altogether
+        return
     texture = fbm(rng, level.shape, 14, 4)[inside]
     reflectance[slot[window][inside]] = SURFACES[lobe.kind](level[inside], reach, texture, rng)
 

@@ -218,6 +218,11 @@ def test_mines_grow_every_year_and_never_shrink() -> None:
     assert maps[-2].mean() == pytest.approx(0.06, abs=0.012)
 
 
+def test_a_mine_may_lie_outside_the_scene_in_part() -> None:
+    land = make_landscape(15, (1024, 1024))  # one of its lobes has no pixel in the scene
+    assert land.surface(2023).where.size == land.truth(2023).sum()
+
+
 def index(image: np.ndarray, a: str, b: str) -> np.ndarray:
     first, second = image[BANDS.index(a)], image[BANDS.index(b)]
     return (first - second) / (first + second)

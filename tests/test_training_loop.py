@@ -93,6 +93,16 @@ def test_ndvi_and_few_bands_train(chips: str, tmp_path: Path) -> None:
     assert evaluate(checkpoint, load_chips(chips))["images"] == 12
 
 
+def test_a_network_is_of_its_chips_resolution(chips: str, tmp_path: Path) -> None:
+    with np.load(chips) as file:
+        np.savez(tmp_path / "chips.npz", **file, parameters=np.array('{"resolution": 30.0}'))
+    (tmp_path / "chips.csv").write_bytes(Path(chips).with_suffix(".csv").read_bytes())
+    coarser, options = str(tmp_path / "chips.npz"), {"architecture": "fpn", "epochs": 1, "epoch_samples": 4}
+    assert train(_config(coarser, tmp_path / "out", **options)).recipe.resolution == 30
+    with pytest.raises(InputError, match="10 and 30 m"):
+        train(_config(chips, tmp_path / "both", **options, data=[chips, coarser]))
+
+
 RUN = "import sys, json; from minemap.training.config import make_config; from minemap.training.loop import train; "
 RUN += "train(make_config(json.loads(sys.argv[1])))"
 

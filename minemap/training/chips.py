@@ -10,8 +10,9 @@ so), or in a `chips.csv` of the same order next to an `.npz` without any.
 from __future__ import annotations
 
 import csv
+import json
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -33,19 +34,21 @@ class Chips:
 
     `image` float32 (n, band, y, x), reflectance, bands in the order of sentinel2.BANDS, NaN = absent;
     `mask` uint8 (n, y, x), 1 mine, 0 not, 255 ignore; `columns` name -> (n,) str, the file's or
-    chips.csv's, and `sample`, the chip's place in its file.
+    chips.csv's, and `sample`, the chip's place in its file; `resolution` metres per pixel, 10 where a file is silent.
     """
 
     image: NDArray[np.float32]
     mask: NDArray[np.uint8]
     columns: dict[str, NDArray[np.str_]]
+    resolution: float = 10.0
 
     def __len__(self) -> int:
         return len(self.image)
 
     def where(self, keep: NDArray[np.bool_]) -> Chips:
         """The rows that `keep` (n,) selects."""
-        return Chips(self.image[keep], self.mask[keep], {k: v[keep] for k, v in self.columns.items()})
+        columns = {k: v[keep] for k, v in self.columns.items()}
+        return replace(self, image=self.image[keep], mask=self.mask[keep], columns=columns)
 
     def split(self, name: str | None) -> Chips:
         """The rows of one split, or all."""
@@ -68,13 +71,14 @@ def load_chips(path: str | Path) -> Chips:
     arrays = _arrays(path)
     image, mask = arrays.pop("image"), arrays.pop("mask")
     bands = [str(b) for b in arrays.pop("bands")]
+    made = json.loads(str(arrays.pop("parameters", "{}")))
     samples, dates = len(image), image.shape[1] if image.ndim == 5 else 1
     if image.ndim == 5:
         image, mask = image.reshape(-1, *image.shape[2:]), mask.reshape(-1, *mask.shape[2:])
     # Zarr's strings become NumPy's of fixed width by way of objects only
     table = {name: a.astype(object).astype(str) for name, a in arrays.items() if a.shape == (samples,)}
     columns = _columns(table or _table(path.with_name("chips.csv"), samples), samples, dates)
-    return Chips(_reflectance(image, bands, path), mask, columns)
+    return Chips(_reflectance(image, bands, path), mask, columns, made.get("resolution", 10.0))
 
 
 def is_chips(path: Path) -> bool:
@@ -99,7 +103,7 @@ def load_pairs(path: str | Path) -> Chips:
     mask = chips.mask.reshape(-1, 2, *chips.mask.shape[1:])
     images = np.concatenate([image, image[:, ::-1]], axis=1).reshape(-1, 2 * len(BANDS), *image.shape[3:])
     masks = np.stack([changed(mask[:, 0], mask[:, 1]), changed(mask[:, 1], mask[:, 0])], axis=1)
-    return Chips(images, masks.reshape(-1, *mask.shape[2:]), chips.columns)
+    return replace(chips, image=images, mask=masks.reshape(-1, *mask.shape[2:]))
 
 
 def changed(before: NDArray[np.uint8], after: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -136,7 +140,8 @@ def _read_zarr(path: Path) -> dict[str, NDArray]:
         raise ValueError("it is not a Zarr group that minemap chips made")
     group = zarr.open_group(path, mode="r")
     return {name: np.asarray(array[...]) for name, array in group.arrays()} | {
-        "bands": np.array(group.attrs["bands"])
+        "bands": np.array(group.attrs["bands"]),
+        "parameters": np.array(json.dumps(group.attrs.get("parameters", {}))),
     }
 
 
@@ -190,4 +195,4 @@ def keep_bands(chips: Chips, bands: tuple[str, ...]) -> Chips:
     """The same chips, or pairs, with every other band absent."""
     image = chips.image.copy()
     image[:, [i for i in range(image.shape[1]) if BANDS[i % len(BANDS)] not in bands]] = np.nan
-    return Chips(image, chips.mask, chips.columns)
+    return replace(chips, image=image)

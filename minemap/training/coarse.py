@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -72,7 +72,7 @@ def _scale(geometry: BaseGeometry, factor: float) -> BaseGeometry:
 def coarsen_chips(chips: Chips, how: Coarsening = BLOBS) -> Chips:
     """The same chips with coarse masks."""
     masks = [coarsen_mask(mask, how) for mask in chips.mask]
-    return Chips(chips.image, np.stack(masks) if masks else chips.mask, chips.columns)
+    return replace(chips, mask=np.stack(masks) if masks else chips.mask)
 
 
 def roughness(geometry: BaseGeometry) -> float:

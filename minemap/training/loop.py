@@ -57,7 +57,7 @@ def train(config: TrainConfig) -> Checkpoint:
 
     # Network, teacher, optimiser
     torch.manual_seed(config.seed)
-    recipe = make_recipe(config)
+    recipe = replace(make_recipe(config), resolution=_resolution(sets))
     teacher = _teacher(config)
     network = _move(start_network(config, recipe, teacher), config)
     replay = load_replay(config, teacher, recipe)
@@ -124,6 +124,13 @@ def load_sets(config: TrainConfig) -> tuple[list[Chips], list[Chips]]:
         raise InputError("no chip files: give at least one with --chips")
     pairs = [_hold_out(path, _rows(path, config, config.rows, config.coarse), config) for path in config.data]
     return [training for training, _ in pairs], [holdout for _, holdout in pairs]
+
+
+def _resolution(sets: list[Chips]) -> float:
+    found = sorted({chips.resolution for chips in sets})
+    if len(found) > 1:
+        raise InputError(f"chips of {found[0]:g} and {found[1]:g} m: a network is trained at one resolution")
+    return found[0]
 
 
 def load_replay(config: TrainConfig, teacher: nn.Module | None, recipe: Recipe) -> list[Chips]:
