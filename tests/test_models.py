@@ -230,7 +230,12 @@ def test_a_network_for_the_visible_is_folded_too() -> None:
 
 @pytest.mark.parametrize(
     ("architecture", "encoder", "norms"),
-    [("minec2fnet", "densenet121", 124), ("fpn", "resnet34", 0), ("unet", "resnet50", 0)],
+    [
+        ("minec2fnet", "densenet121", 124),
+        ("minec2fnet", "tu-tf_efficientnet_lite0", 0),
+        ("fpn", "resnet34", 0),
+        ("unet", "resnet50", 0),
+    ],
 )
 def test_a_network_folded_for_inference_is_the_same_function(architecture: str, encoder: str, norms: int) -> None:
     from minemap.models.folding import for_inference

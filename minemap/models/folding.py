@@ -15,6 +15,9 @@ from typing import Any
 
 import torch
 from segmentation_models_pytorch.decoders.fpn.decoder import MergeBlock
+from timm.layers import BatchNormAct2d
+from timm.models._efficientnet_blocks import ConvBnAct, DepthwiseSeparableConv, InvertedResidual
+from timm.models.efficientnet import EfficientNetFeatures
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models.densenet import DenseNet, _DenseLayer
@@ -27,6 +30,10 @@ PAIRS: dict[type[nn.Module], list[tuple[str, str]]] = {
     ResNet: [("conv1", "bn1")],
     BasicBlock: [("conv1", "bn1"), ("conv2", "bn2")],
     Bottleneck: [("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3")],
+    EfficientNetFeatures: [("conv_stem", "bn1")],
+    ConvBnAct: [("conv", "bn1")],
+    DepthwiseSeparableConv: [("conv_dw", "bn1"), ("conv_pw", "bn2")],
+    InvertedResidual: [("conv_pw", "bn1"), ("conv_dw", "bn2"), ("conv_pwl", "bn3")],
 }
 
 
@@ -46,7 +53,8 @@ def for_inference(network: nn.Module) -> nn.Module:
         for module in list(network.modules()):
             for names in _pairs(module):
                 parts: list[Any] = [module.get_submodule(name) for name in names]
-                _put(module, names, fuse_conv_bn_eval(*parts), nn.Identity())
+                after = parts[1].act if isinstance(parts[1], BatchNormAct2d) else nn.Identity()
+                _put(module, names, fuse_conv_bn_eval(*parts), after)
             for name, child in module.named_children():
                 if isinstance(child, MergeBlock) and child.policy == "add":
                     setattr(module, name, Added())
