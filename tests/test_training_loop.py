@@ -271,6 +271,15 @@ def test_start_network_from_its_teacher(teacher: str) -> None:
         assert torch.allclose(student(x), source(x), atol=1e-5)
 
 
+def test_what_goes_on_from_a_network_has_its_encoder(chips: str, tmp_path: Path) -> None:
+    options = {"architecture": "fpn", "encoder": "resnet18", "epochs": 1, "epoch_samples": 4}
+    small = str(train(_config(chips, tmp_path / "teacher", **options)).path)
+    student = train(_config(chips, tmp_path / "student", teacher=small, epochs=1, epoch_samples=4))
+    assert student.recipe.options["encoder"] == "resnet18"
+    tuned = train(_config(chips, tmp_path / "tuned", architecture="fpn", start=small, epochs=1, epoch_samples=4))
+    assert tuned.recipe.options["encoder_name"] == "resnet18"
+
+
 def test_state_is_never_half_written(chips: str, tmp_path: Path) -> None:
     train(_config(chips, tmp_path, architecture="fpn", epochs=1, epoch_samples=4))
     assert not list(tmp_path.glob(".*"))

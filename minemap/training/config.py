@@ -33,7 +33,7 @@ class TrainConfig:
     derived: tuple[str, ...] = ()  # "ndvi"
 
     architecture: str = "minec2fnet"
-    encoder: str | None = None  # one of segmentation-models-pytorch's; None: the architecture's own
+    encoder: str | None = None  # one of smp's; None: that of `start` or `teacher`, else the architecture's own
     change_fft: bool = True  # of the change network
     imagenet: bool = False
     teacher: str | None = None  # checkpoint that the student starts from and learns from

@@ -193,9 +193,18 @@ def network_options(config: TrainConfig) -> dict[str, Any]:
         options |= {k: getattr(config, k) for k in ("gated_fusion", "cbam", "refinement", "steps", "detail")}
     if config.architecture == "minenetcd":
         options["change_fft"] = config.change_fft
-    if config.encoder is not None:
-        options["encoder_name" if config.architecture in models.BASELINES else "encoder"] = config.encoder
+    if (encoder := _encoder(config)) is not None:
+        options["encoder_name" if config.architecture in models.BASELINES else "encoder"] = encoder
     return options
+
+
+def _encoder(config: TrainConfig) -> str | None:
+    """The encoder asked for, or that of the network that training goes on from."""
+    before = config.start or config.teacher
+    if config.encoder is not None or before is None:
+        return config.encoder
+    options = load_model(before).recipe.options
+    return options.get("encoder", options.get("encoder_name"))
 
 
 def start_network(config: TrainConfig, recipe: Recipe, teacher: nn.Module | None) -> nn.Module:
