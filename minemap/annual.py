@@ -18,6 +18,7 @@ from .grid import BBox, check_bbox
 from .mapping import Plan, map_area, plan
 from .sites import Site, bounds, read_sites
 from .store import CONSISTENT, Store
+from .uncertainty import AreaModel
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -70,7 +71,7 @@ def series(
     where: dict[str, Any] = {"bbox": job.bbox} if job.sites is None else {"sites": job.sites}
     frame = area_table(out, threshold=threshold, years=job.years, layer=layer, **where)
     about = Store.at(out).attributes()
-    if about["recipe"].get("area_model") is None:
+    if AreaModel.of(about["recipe"]) is None:
         warnings.warn(f"the errors of model {about['model']} were not measured: area_km2 is empty", stacklevel=2)
     if job.table:
         write_table(frame, job.table)

@@ -1,16 +1,16 @@
 """What the mined area may really be, from the errors that a model made in places it did not learn from.
 
-Sums of calibrated probabilities fail where a mine is one pixel in a thousand, and pixels err together. So the unit is
-a block of held-out chips (places within 5 km of each other): its true area against what was mapped. The error of a
-block is taken relative to a scale, which grows with the mapped area and with the area whose probability is neither
-low nor high; quantiles of these relative errors make the interval (normalised conformal prediction: Lei et al. 2018,
-Journal of the American Statistical Association 113:1094-1111). Errors of a large site are assumed to go together: its
-interval is as wide, relative to its area, as that of a block.
+Sums of calibrated probabilities fail where a mine is one pixel in a thousand, and pixels err together. So the unit
+is a block of held-out chips (places within 5 km of each other): its true area against what was mapped. The error of
+a block is taken relative to a scale, which grows with the area whose probability is neither low nor high; quantiles
+of these relative errors make the interval (normalised conformal prediction: Lei et al. 2018, Journal of the
+American Statistical Association 113:1094-1111). Errors of a large site are assumed to go together: its interval is
+as wide, relative to its doubtful area, as that of a block.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,6 @@ from .inference import NOT_OBSERVED, mine_from
 
 COVERAGE = 0.9
 DOUBTFUL = (10, 90)  # per cent; probabilities from the first up to below the second
-FLOOR = 0.05  # km², of the scale: what a place without any mine may have on a map
 
 
 @dataclass(frozen=True)
@@ -28,15 +27,15 @@ class AreaModel:
     """Errors of a model's areas, as kept in its recipe.
 
     threshold: 0-1, at which areas were mapped when the errors were measured. ratio: true to mapped area, the median
-    over the mapped area of all blocks. doubt: weight of the doubtful area in the scale, against 1 for the mapped
-    area. lower, upper: quantiles of (truth - estimate) / scale. region: W S E N of the chips, degrees. shares: lowest
-    and highest mapped share of the observed area among blocks with mine. measured: coverage and width on blocks that
-    were left out of the fit.
+    over the mapped area of all blocks. floor: km², scale of a place where nothing is doubtful. lower, upper:
+    quantiles of (truth - estimate) / scale. region: W S E N of the chips, degrees. shares: lowest and highest
+    mapped share of the observed area among blocks with mine. measured: coverage and width on blocks that were left
+    out of the fit.
     """
 
     threshold: float
     ratio: float
-    doubt: float
+    floor: float
     lower: float
     upper: float
     region: BBox
@@ -49,14 +48,14 @@ class AreaModel:
 
     @staticmethod
     def of(recipe: dict[str, Any]) -> AreaModel | None:
-        """From a recipe's `area_model`, None where it has none."""
-        found = recipe.get("area_model")
-        return AreaModel(**found) if found else None
+        """From a recipe's `area_model`, None where it has none of this kind."""
+        found = recipe.get("area_model") or {}
+        return AreaModel(**found) if set(found) == {f.name for f in fields(AreaModel)} else None
 
     def interval(self, levels: np.ndarray) -> np.ndarray:
         """Estimate, lower and upper bound in km², float64 (3, ...), from km² by stored value (..., 256)."""
         mapped, doubtful, _ = parts(levels, self.threshold)
-        estimate, scale = self.ratio * mapped, spread(mapped, doubtful, self.doubt)
+        estimate, scale = self.ratio * mapped, spread(doubtful, self.floor)
         low, high = estimate + self.lower * scale, estimate + self.upper * scale
         most = levels[..., :NOT_OBSERVED].sum(axis=-1)
         return np.stack([np.minimum(estimate, most), np.clip(low, 0, most), np.clip(high, 0, most)])
@@ -81,6 +80,6 @@ def parts(levels: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray,
     return mapped, levels[..., slice(*DOUBTFUL)].sum(axis=-1), levels[..., :NOT_OBSERVED].sum(axis=-1)
 
 
-def spread(mapped: np.ndarray, doubtful: np.ndarray, doubt: float) -> np.ndarray:
+def spread(doubtful: np.ndarray, floor: float) -> np.ndarray:
     """The scale of errors, km²."""
-    return mapped + doubt * doubtful + FLOOR
+    return doubtful + floor

@@ -30,7 +30,7 @@ from minemap.scenes import parse_period
 from minemap.sentinel2 import BANDS
 from minemap.store import QUICKLOOK, Store
 
-SHARED = Path(os.environ.get("MINEMAP_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+SHARED = Path(os.environ.get("MINEMAP_TEST_DATA", Path(__file__).parents[2] / "shared" / "data")).resolve()
 
 
 @pytest.fixture(scope="session")

@@ -14,10 +14,10 @@ from minemap.checkpoint import WEIGHTS, available, load_model
 from minemap.errors import InputError
 from minemap.training.area_model import Blocks, blocks_of, build, fit, keep, left_out, measured
 from minemap.training.chips import Chips
-from minemap.uncertainty import FLOOR, AreaModel, spread
+from minemap.uncertainty import AreaModel, spread
 
 WORLD = (-180.0, -84.0, 180.0, 84.0)
-MODEL = AreaModel(0.5, 1.1, 1.0, -0.2, 0.3, (-64.0, 6.0, -62.0, 7.0), (0.05, 0.6), {})
+MODEL = AreaModel(0.5, 1.1, 0.1, -0.2, 0.3, (-64.0, 6.0, -62.0, 7.0), (0.05, 0.6), {})
 
 
 def levels(mapped, doubtful, rest, lost=0.0):
@@ -29,9 +29,9 @@ def levels(mapped, doubtful, rest, lost=0.0):
 
 def test_interval_by_hand():
     found = MODEL.interval(levels(2.0, 0.5, 7.0, 3.0))
-    scale = 2.0 + 0.5 + FLOOR
+    scale = 0.5 + 0.1
     np.testing.assert_allclose(found, [2.2, 2.2 - 0.2 * scale, 2.2 + 0.3 * scale])
-    np.testing.assert_allclose(MODEL.interval(levels(0.0, 0.0, 9.0)), [0, 0, 0.3 * FLOOR])
+    np.testing.assert_allclose(MODEL.interval(levels(0.0, 0.0, 9.0)), [0, 0, 0.03])
     assert MODEL.interval(levels(2.0, 0.1, 0.0))[2] == 2.1  # not more than was seen
     many = MODEL.interval(levels(np.array([1.0, 2.0]), 0.1, 5.0))
     assert many.shape == (3, 2) and (many[1] <= many[0]).all() and (many[0] <= many[2]).all()
@@ -51,7 +51,7 @@ def blocks(n, seed, bias=1.2):
     mapped, doubtful = rng.lognormal(-2, 1, 2 * n), rng.lognormal(-3, 1, 2 * n)
     error = np.repeat(rng.normal(0, 0.2, n), 2) + rng.normal(0, 0.1, 2 * n)
     found = levels(mapped, doubtful, 5.0)
-    truth = np.maximum(0, bias * mapped + error * spread(mapped, doubtful, 1.0))
+    truth = np.maximum(0, bias * mapped + error * spread(doubtful, 0.1))
     return Blocks(found, truth, np.repeat(np.arange(n).astype(str), 2))
 
 
@@ -96,6 +96,7 @@ def test_kept_in_the_recipe_and_used_by_the_table(model, tmp_path):
     kept = keep(load_model(folder), errors)
     assert (folder / WEIGHTS).read_bytes() == before and kept.sha256 != load_model(model).sha256
     assert AreaModel.of(asdict(load_model(folder).recipe)) == errors
+    assert AreaModel.of({"area_model": {**asdict(errors), "another": 1}}) is None
 
     def paint(grid, year):
         return np.where(grid.y[:, None] > 687_000, 95, 2) + np.zeros(grid.shape, int)

@@ -25,7 +25,7 @@ from minemap.training.evaluate import predict_chips
 from minemap.uncertainty import COVERAGE, AreaModel, parts, spread
 
 LARGE = 0.1  # km² of true mine from which a block's relative width is told
-DOUBTS = (0.0, 1.0, 2.0, 4.0)  # weights of the doubtful area that are tried
+FLOORS = (0.05, 0.1, 0.2)  # km² of the scale that are tried
 TAILS = np.arange(1, 20) * (1 - COVERAGE) / 20  # shares of blocks with less mine than the lower bound
 MARGIN = 0.5  # degrees around the chips that still count as their region
 FEWEST = 20  # blocks, for quantiles of 5 and 95 %
@@ -59,7 +59,7 @@ def blocks_of(probability: NDArray[np.float32], chips: Chips, resolution: float)
 def fit(blocks: Blocks, threshold: float) -> AreaModel:
     """The model of errors of some blocks, each of which counts once.
 
-    Of the intervals with COVERAGE, by how much the doubtful area weighs and which tail the blocks outside lie in,
+    Of the intervals with COVERAGE, by floor of the scale and by the tail that the blocks outside lie in,
     those that are narrowest for blocks with mine are taken. Region, shares and what was measured stay open.
     """
     mapped, doubtful, _ = parts(blocks.levels, threshold)
@@ -67,12 +67,12 @@ def fit(blocks: Blocks, threshold: float) -> AreaModel:
     some = mapped > 0
     ratio = _quantile((blocks.truth[some] / mapped[some]), (weight * mapped)[some], 0.5)
     found: list[tuple[float, int, AreaModel]] = []
-    for doubt in DOUBTS:
-        error = (blocks.truth - ratio * mapped) / spread(mapped, doubtful, doubt)
+    for floor in FLOORS:
+        error = (blocks.truth - ratio * mapped) / spread(doubtful, floor)
         for tail in TAILS:
             low = -_quantile(-error, weight, 1 - tail, more=1)
             high = _quantile(error, weight, COVERAGE + tail, more=1)
-            model = AreaModel(threshold, ratio, doubt, low, high, (-180, -90, 180, 90), (0, 1), {})
+            model = AreaModel(threshold, ratio, floor, low, high, (-180, -90, 180, 90), (0, 1), {})
             found.append((measured(blocks, model.interval(blocks.levels))["large_median_width"], len(found), model))
     return min(found)[-1]
 
