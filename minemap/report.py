@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 # Rough rates, measured on two cores of an AVX512-BF16 server; they serve the estimate and nothing else.
 READ_SECONDS = 2.0e-7  # CPU, a pixel and acquisition: six bands and SCL decoded and composited
-NETWORK_SECONDS = {"bf16": 0.15, "fp32": 0.45}  # CPU, a window of 320 px
+NETWORK_SECONDS = {"bf16": 0.18, "fp32": 0.35}  # CPU, 256 x 256 px of the map, of which each is in several windows
 BYTES_READ = 7.3  # a pixel of 10 m and acquisition: six bands and SCL of a usual product, compressed
 BYTES_WRITTEN = 0.35  # a pixel of the map, compressed
 # Within a twentieth of the peaks that `python -m benchmarks memory memory-default` found with many super-tiles
-WORKER_BYTES = 1.8e9  # libraries, weights, two streams of the network, GDAL's cache
+WORKER_BYTES = 1.7e9  # libraries, weights, two streams of the network, GDAL's cache
 PIXEL_BYTES = 72  # a pixel of a super-tile and its margin: six bands as float32, three times
 LOOK_BYTES = 3  # a pixel and look held at a time
 
