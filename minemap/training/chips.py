@@ -71,14 +71,14 @@ def load_chips(path: str | Path) -> Chips:
     arrays = _arrays(path)
     image, mask = arrays.pop("image"), arrays.pop("mask")
     bands = [str(b) for b in arrays.pop("bands")]
-    made = json.loads(str(arrays.pop("parameters", "{}")))
+    resolution = _resolution(arrays.pop("parameters", None))
     samples, dates = len(image), image.shape[1] if image.ndim == 5 else 1
     if image.ndim == 5:
         image, mask = image.reshape(-1, *image.shape[2:]), mask.reshape(-1, *mask.shape[2:])
     # Zarr's strings become NumPy's of fixed width by way of objects only
     table = {name: a.astype(object).astype(str) for name, a in arrays.items() if a.shape == (samples,)}
     columns = _columns(table or _table(path.with_name("chips.csv"), samples), samples, dates)
-    return Chips(_reflectance(image, bands, path), mask, columns, made.get("resolution", 10.0))
+    return Chips(_reflectance(image, bands, path), mask, columns, resolution)
 
 
 def is_chips(path: Path) -> bool:
@@ -155,6 +155,14 @@ def _reflectance(stored: NDArray, bands: list[str], path: Path) -> NDArray[np.fl
     for source, band in enumerate(bands):
         image[:, BANDS.index(band)] = values[:, source]
     return image
+
+
+def _resolution(parameters: object) -> float:
+    """Metres per pixel, from what `minemap chips` writes of a set; 10 for any other."""
+    try:
+        return float(json.loads(str(parameters))["resolution"])
+    except (ValueError, KeyError, TypeError):
+        return 10.0
 
 
 def _table(path: Path, samples: int) -> dict[str, NDArray[np.str_]]:
