@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import SHARED
 
 from minemap.errors import InputError
 from minemap.sentinel2 import BANDS
@@ -16,8 +16,6 @@ from minemap.training.batches import make_batch, place
 from minemap.training.chips import IGNORE, Chips, check_leakage, draw_blocks, keep_bands, load_chips
 from minemap.training.config import TOA_OFFSET, TrainConfig, make_config
 from minemap.training.loop import make_recipe
-
-SHARED = Path(os.environ.get("MINEMAP_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
 @pytest.fixture

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import SHARED
 from shapely import MultiPolygon, Point, box
 
 from minemap.training import coarse
 from minemap.training.chips import IGNORE, Chips
 from minemap.training.coarse import BLOBS, FITTED, Coarsening, coarsen, coarsen_chips, coarsen_mask, compare, cut_off
-
-SHARED = Path(os.environ.get("MINEMAP_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
 def test_nothing_asked_changes_nothing() -> None:

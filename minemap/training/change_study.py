@@ -5,7 +5,7 @@ line of results a run, and goes on where it stopped; `... table` prints the tabl
 
 All runs look through the encoder of the default model of single dates, frozen: the features of one pool of
 augmented batches are computed once and kept, and only ChangeFFT, decoder and head learn. A seed decides their start
-and the order of the batches. A fifth of the training blocks (unseen by that encoder's teacher) chooses the
+and the order of the batches. A fifth of the training blocks (half of them unseen by that encoder) chooses the
 threshold. The validation split is read once, at the end of a run.
 """
 

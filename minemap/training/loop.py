@@ -153,7 +153,7 @@ def _hold_out(path: str, chips: Chips, config: TrainConfig) -> tuple[Chips, Chip
     if not config.holdout:
         return chips, chips.where(np.zeros(len(chips), bool))
     held = draw_blocks(chips, config.holdout, config.holdout_seed)
-    if config.architecture == "minenetcd":  # the blocks that a network of single dates, its start, has not seen
+    if config.architecture == "minenetcd":  # the blocks that a network of single dates with this holdout has not seen
         single = load_chips(path).split(config.split).decided()
         blocks = single.column("block")[draw_blocks(single, config.holdout, config.holdout_seed)]
         held = np.isin(chips.column("block"), blocks)
