@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from minemap.checkpoint import load_model
 from minemap.errors import InputError
 from minemap.sentinel2 import BANDS
-from minemap.training import commands, continual, metrics
+from minemap.training import commands, continual, loop, metrics
 from minemap.training.chips import load_chips
 from minemap.training.config import TrainConfig, make_config, read_config
 from minemap.training.evaluate import MARGIN, QUICK, evaluate, padding, predict_chips, predict_mosaics
@@ -278,6 +278,16 @@ def test_what_goes_on_from_a_network_has_its_encoder(chips: str, tmp_path: Path)
     assert student.recipe.options["encoder"] == "resnet18"
     tuned = train(_config(chips, tmp_path / "tuned", architecture="fpn", start=small, epochs=1, epoch_samples=4))
     assert tuned.recipe.options["encoder_name"] == "resnet18"
+
+
+@pytest.mark.parametrize("keep", ["best", "last"])
+def test_the_epoch_that_is_kept(chips: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: str) -> None:
+    scores = iter([{"miou": 30.0}, {"miou": 50.0}, {"miou": 40.0}])
+    monkeypatch.setattr(loop, "validate", lambda *_: next(scores))
+    kept = train(_config(chips, tmp_path, architecture="fpn", epochs=3, epoch_samples=4, keep=keep)).network()
+    stored = torch.load(tmp_path / STATE, weights_only=True)
+    same = [torch.equal(value.half(), stored["network"][key].half()) for key, value in kept.state_dict().items()]
+    assert all(same) == (keep == "last")
 
 
 def test_state_is_never_half_written(chips: str, tmp_path: Path) -> None:

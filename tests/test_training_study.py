@@ -32,10 +32,16 @@ def rows() -> list[dict]:
 
 
 def test_table_gives_means_ranges_and_paired_differences(rows: list[dict]) -> None:
-    text = study.table(rows, samples=300)
+    text = study.table(rows, ["fpn_fine", "minec2fnet"], ["fpn_fine"], samples=300)
     means = {m: np.mean([r["miou"] for r in rows if r["method"] == m]) for m in ("fpn_fine", "minec2fnet")}
     assert f"| minec2fnet | 3 | {means['minec2fnet']:.1f} (" in text
     assert f"| {means['minec2fnet'] - means['fpn_fine']:+.1f} (" in text
+    assert study.tables(rows).count("| method |") == 1  # only what was run is told
+
+
+def test_every_method_is_in_a_table() -> None:
+    assert {m for methods, _ in study.TABLES.values() for m in methods} == set(study.METHODS)
+    assert all(set(references) <= set(methods) for methods, references in study.TABLES.values())
 
 
 def test_bootstrap_of_equal_methods_is_zero(rows: list[dict]) -> None:

@@ -93,6 +93,16 @@ def test_training_starts_from_packaged_weights_when_asked() -> None:
     assert all(torch.equal(a, b) for a, b in zip(network.encoder.parameters(), expected.parameters(), strict=True))
 
 
+def test_a_fresh_student_starts_from_packaged_weights_beside_its_teacher(tmp_path: Path) -> None:
+    teacher = models.build("fpn", in_channels=6, encoder_name=ENCODER).eval()
+    config = make_config({"out": str(tmp_path), "encoder": ENCODER, "imagenet": True, "fresh": True})
+    student = start_network(config, make_recipe(config), teacher)
+    expected = models.build("fpn", in_channels=6, encoder_name=ENCODER).encoder
+    imagenet.load_packaged(expected, ENCODER)
+    for ours, theirs in ((student.encoder, expected), (student.teacher_encoder, teacher.encoder)):
+        assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+
+
 def test_a_package_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(imagenet.PACKAGED, ENCODER, "no_such_package")
     with pytest.raises(InputError, match=r"no_such_package: install minemap\[imagenet\]"):

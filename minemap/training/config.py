@@ -38,7 +38,7 @@ class TrainConfig:
     imagenet: bool = False
     teacher: str | None = None  # checkpoint that the student starts from and learns from
     start: str | None = None  # checkpoint of the same network that training goes on from
-    fresh: bool = False  # student from random weights; only the frozen encoder is the teacher's
+    fresh: bool = False  # the student does not start from its teacher, it only holds the frozen encoder
     gated_fusion: bool = True
     cbam: bool = True
     refinement: bool = True
@@ -65,6 +65,7 @@ class TrainConfig:
     schedule: str = "plateau"  # or "cosine"
     patience: int = 3  # epochs without a better validation mIoU until the rate is halved
     stop: int = 10  # epochs without a better one until training stops; 0 never
+    keep: str = "best"  # which epoch's weights: "best" on the holdout, or "last" where that is too small to tell
     ema: float = 0.0  # decay of the running average of the weights, 0 off
     clip: float = 1.0  # norm of the gradient
     freeze_norm: bool = False  # keep the batch norms' statistics: batches of few large windows would spoil them
@@ -94,6 +95,7 @@ class TrainConfig:
             "rows": self.rows in ("all", "fine", "rest"),
             "coarse": self.coarse in ("none", "fitted", "blobs"),
             "selection": self.selection in ("none", "standard", "image", "pixel", "hybrid"),
+            "keep": self.keep in ("best", "last"),
             "schedule": self.schedule in ("plateau", "cosine"),
             "precision": self.precision in ("bf16", "fp32"),
             "bands": bool(self.bands) and set(self.bands) <= set(BANDS),

@@ -91,7 +91,7 @@ def train(config: TrainConfig) -> Checkpoint:
         # Validation, schedule, log
         judged = network if averaged is None else averaged.module
         scores = validate(judged, recipe, holdout, config)
-        better = scores.get("miou", float(epoch)) > state["best"]
+        better = config.keep == "last" or scores.get("miou", float(epoch)) > state["best"]
         _advance(state, config, better=better, score=scores.get("miou", float(epoch)))
         _log(out, {"epoch": epoch, "loss": float(np.mean(losses)), **scores})
 
@@ -226,7 +226,7 @@ def start_network(config: TrainConfig, recipe: Recipe, teacher: nn.Module | None
         network.start_from(start, fresh=config.fresh)
     elif teacher is not None:
         network.load_state_dict(teacher.state_dict())
-    if packaged and config.start is None and teacher is None:
+    if packaged and config.start is None and (teacher is None or config.fresh):
         load_packaged(network.encoder, str(config.encoder))
     return network
 

@@ -2,8 +2,9 @@
 
 `python -m minemap.training.study run` trains every method on the same draws of blocks, one line of results a
 run, and goes on where it stopped; `... table` prints the tables from those lines. The regime: 15 % of the
-training chips (whole blocks) carry fine labels, the rest coarse ones (training/coarse.py, "blobs"). A fifth of
-the fine blocks stops training and chooses the threshold. The validation split is read once, at the end of a run.
+training chips (whole blocks) carry fine labels, the rest coarse ones (training/coarse.py, "blobs"). All encoders are
+EfficientNet-Lite0 from ImageNet (the paper's: DenseNet-121 from ImageNet). Every run has its number of epochs; a
+fifth of the fine blocks chooses the threshold. The validation split is read once, at the end of a run.
 Chips are shown reflected to windows of about the size that the networks learned from, not to a map's: these runs are
 short and have seen no large window, and the measure should tell methods apart, not how they bear that.
 """
@@ -37,17 +38,19 @@ BASE: dict[str, Any] = {
     "weight_decay": 0.01,
     "schedule": "cosine",
     "stop": 0,
+    "keep": "last",  # a fifth of the fine blocks, 16 to 19 chips, tells epochs apart no better than chance
     "ema": 0.95,
+    "precision": "fp32",  # EfficientNet's gradients are quicker so on a processor
     "absent": 0.0,
     "holes": 0.0,
     "threads": 1,  # small runs: two side by side beat one on two cores
 }
-SCRATCH = {"learning_rate": 1e-3, "epochs": 25}
+SCRATCH = {"encoder": "tu-tf_efficientnet_lite0", "imagenet": True, "learning_rate": 1e-3, "epochs": 25}
 STUDENT = {"architecture": "minec2fnet", "selection": "hybrid", "distill": 0.3, "ssim": 0.0, "boundary": 0.0}
 TEACHER = "fpn_coarse"
 # Method -> what it changes in BASE. Those that name no SCRATCH start from the teacher of their draw.
 METHODS: dict[str, dict[str, Any]] = {
-    TEACHER: {"rows": "rest", "coarse": "blobs", "dice": 0.0, "ssim": 0.0, "boundary": 0.0, **SCRATCH},
+    TEACHER: {"rows": "rest", "coarse": "blobs", "dice": 0.0, "ssim": 0.0, "boundary": 0.0, **SCRATCH, "epochs": 60},
     "fpn_fine": {"ssim": 0.0, "boundary": 0.0, **SCRATCH},
     "fpn_finetune": {"ssim": 0.0, "boundary": 0.0},
     "minec2fnet": STUDENT,
@@ -75,7 +78,20 @@ METHODS: dict[str, dict[str, Any]] = {
         **SCRATCH,
     },
 }
-MAIN = ("fpn_coarse", "fpn_fine", "fpn_finetune", "minec2fnet")
+# Table -> its methods, and those that the others are compared with
+TABLES = {
+    "methods": (
+        (TEACHER, "fpn_fine", "fpn_finetune", "lwf", "lwm", "replay", "minec2fnet", "minec2fnet_fresh"),
+        ("fpn_fine", "fpn_finetune"),
+    ),
+    "parts": (("parts_none", "parts_gf", "parts_gf_cbam", "minec2fnet"), ("parts_none",)),
+    "distillation": (
+        ("distill_none", "distill_standard", "distill_image", "distill_pixel", "minec2fnet"),
+        ("distill_none",),
+    ),
+    "losses": (("loss_bce", "minec2fnet", "loss_bce_dice_ssim", "loss_all"), ("loss_bce",)),
+    "bands": (("bands_rgb", "bands_rgb_nir", "bands_rgb_nir_ndvi", "fpn_fine"), ("bands_rgb",)),
+}
 
 
 def run(chips: str, out: Path, *, draws: int, methods: Iterable[str]) -> None:
@@ -125,17 +141,28 @@ def read(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def table(rows: list[dict[str, Any]], reference: str = "fpn_fine", samples: int = 2000) -> str:
-    """A Markdown table: mIoU of each method and its paired difference to the reference, with intervals."""
+def tables(rows: list[dict[str, Any]]) -> str:
+    """All tables that something was run for, in Markdown."""
+    ran = {row["method"] for row in rows}
+    chosen = {name: methods for name, (methods, _) in TABLES.items() if len(ran & set(methods)) > 1}
+    return "\n\n".join(table(rows, methods, TABLES[name][1]) for name, methods in chosen.items())
+
+
+def table(rows: list[dict[str, Any]], methods: Iterable[str], references: Iterable[str], samples: int = 2000) -> str:
+    """A Markdown table: mIoU of each method and its paired differences to the references, with intervals."""
     counts = by_method(rows)
-    lines = ["| method | draws | val mIoU (range over draws) | minus " + reference + " (95 % interval) |"]
-    lines.append("|---|---|---|---|")
-    for method in (m for m in METHODS if m in counts):
+    head = ["method", "draws", "val mIoU (range over draws)", *(f"minus {r} (95 % interval)" for r in references)]
+    lines = [_line(head), _line("---" for _ in head)]
+    for method in (m for m in methods if m in counts):
         scores = [row["miou"] for row in rows if row["method"] == method]
         spread = f"{np.mean(scores):.1f} ({min(scores):.1f} to {max(scores):.1f})"
-        difference = "" if method == reference else _interval(counts, method, reference, samples)
-        lines.append(f"| {method} | {len(scores)} | {spread} | {difference} |")
+        differences = (_interval(counts, method, r, samples) for r in references)
+        lines.append(_line([method, str(len(scores)), spread, *differences]))
     return "\n".join(lines)
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def by_method(rows: list[dict[str, Any]]) -> dict[str, dict[int, NDArray[np.float64]]]:
@@ -149,7 +176,7 @@ def by_method(rows: list[dict[str, Any]]) -> dict[str, dict[int, NDArray[np.floa
 
 def _interval(counts: dict[str, dict[int, NDArray[np.float64]]], method: str, reference: str, samples: int) -> str:
     shared = sorted(set(counts[method]) & set(counts.get(reference, {})))
-    if not shared:
+    if not shared or method == reference:
         return ""
     ours, theirs = (np.stack([counts[m][d] for d in shared]) for m in (method, reference))
     differences = bootstrap(ours, theirs, samples)
@@ -182,11 +209,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--chips", help="mines6/chips.npz")
     parser.add_argument("--out", type=Path, default=Path("runs/study"))
     parser.add_argument("--draws", type=int, default=5)
-    parser.add_argument("--methods", nargs="+", default=list(MAIN), choices=list(METHODS))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     args = parser.parse_args(arguments)
     if args.action == "run":
         run(args.chips, args.out, draws=args.draws, methods=args.methods)
-    print(table(read(args.out)))
+    print(tables(read(args.out)))
 
 
 if __name__ == "__main__":
