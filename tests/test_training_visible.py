@@ -13,7 +13,7 @@ from minemap import models
 from minemap.checkpoint import Checkpoint, Recipe, save
 from minemap.errors import InputError
 from minemap.sentinel2 import BANDS
-from minemap.training import imagenet
+from minemap.training import encoders
 from minemap.training.config import make_config
 from minemap.training.loop import MEAN, STD, make_recipe, start_network
 from minemap.training.visible import combine
@@ -70,8 +70,8 @@ def test_networks_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 
 def test_packaged_weights_are_taken_with_bands_in_our_order() -> None:
     network = models.build("fpn", in_channels=6, encoder_name=ENCODER)
-    imagenet.load_packaged(network.encoder, ENCODER)
-    origin = importlib.util.find_spec(imagenet.PACKAGED[ENCODER]).origin
+    encoders.load_packaged(network.encoder, ENCODER)
+    origin = importlib.util.find_spec(encoders.PACKAGED[ENCODER]).origin
     (file,) = Path(origin).parent.glob("models/*.pth")
     stored = torch.load(file, weights_only=True)
     stem = network.encoder.model.conv_stem.weight
@@ -89,7 +89,7 @@ def test_training_starts_from_packaged_weights_when_asked() -> None:
     )
     network = start_network(config, make_recipe(config), None)
     expected = models.build("fpn", in_channels=3, encoder_name=ENCODER).encoder
-    imagenet.load_packaged(expected, ENCODER)
+    encoders.load_packaged(expected, ENCODER)
     assert all(torch.equal(a, b) for a, b in zip(network.encoder.parameters(), expected.parameters(), strict=True))
 
 
@@ -98,12 +98,36 @@ def test_a_fresh_student_starts_from_packaged_weights_beside_its_teacher(tmp_pat
     config = make_config({"out": str(tmp_path), "encoder": ENCODER, "imagenet": True, "fresh": True})
     student = start_network(config, make_recipe(config), teacher)
     expected = models.build("fpn", in_channels=6, encoder_name=ENCODER).encoder
-    imagenet.load_packaged(expected, ENCODER)
+    encoders.load_packaged(expected, ENCODER)
     for ours, theirs in ((student.encoder, expected), (student.teacher_encoder, teacher.encoder)):
         assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("architecture", ["unet", "minec2fnet", "minenetcd"])
+def test_every_network_starts_from_imagenet(tmp_path: Path, architecture: str) -> None:
+    options = {"architecture": architecture, "encoder": ENCODER, "imagenet": True}
+    config = make_config({"out": str(tmp_path), **options})
+    network = start_network(config, make_recipe(config), None)
+    expected = models.build("fpn", in_channels=6, encoder_name=ENCODER).encoder
+    encoders.load_packaged(expected, ENCODER)
+    for encoder in (network.encoder, getattr(network, "teacher_encoder", expected)):
+        assert all(torch.equal(a, b) for a, b in zip(encoder.parameters(), expected.parameters(), strict=True))
+
+
+def test_weights_out_of_reach_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # else half a minute of retries
+    config = make_config({"out": str(tmp_path), "architecture": "minenetcd", "encoder": "resnet18", "imagenet": True})
+    with pytest.raises(InputError, match="no ImageNet weights of resnet18 within reach"):
+        start_network(config, make_recipe(config), None)
+
+
+@pytest.mark.parametrize("name", ["resnet", "tu-resnet", "tf_efficientnet_lite0"])
+def test_an_encoder_that_does_not_exist(tmp_path: Path, name: str) -> None:
+    with pytest.raises(InputError, match=f"no encoder '{name}': take one of"):
+        make_recipe(make_config({"out": str(tmp_path), "encoder": name}))
+
+
 def test_a_package_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(imagenet.PACKAGED, ENCODER, "no_such_package")
+    monkeypatch.setitem(encoders.PACKAGED, ENCODER, "no_such_package")
     with pytest.raises(InputError, match=r"no_such_package: install minemap\[imagenet\]"):
-        imagenet.load_packaged(None, ENCODER)
+        encoders.load_packaged(None, ENCODER)

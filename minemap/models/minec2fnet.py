@@ -32,10 +32,9 @@ VISIBLE = 3  # channels before the infrared
 DEFAULT_ENCODER = "densenet121"
 
 
-def teacher_network(in_channels: int = 6, *, encoder: str = DEFAULT_ENCODER, imagenet: bool = False) -> nn.Module:
-    """The teacher: FPN on a DenseNet-121 encoder, (N, C, H, W) -> logits (N, 1, H, W)."""
-    weights = "imagenet" if imagenet else None
-    network: Any = smp.FPN(encoder, encoder_weights=weights, in_channels=in_channels, classes=1)
+def teacher_network(in_channels: int = 6, *, encoder: str = DEFAULT_ENCODER) -> nn.Module:
+    """The teacher: FPN on a DenseNet-121 encoder, random weights, (N, C, H, W) -> logits (N, 1, H, W)."""
+    network: Any = smp.FPN(encoder, encoder_weights=None, in_channels=in_channels, classes=1)
     return network
 
 

@@ -25,7 +25,7 @@ from minemap.checkpoint import Checkpoint, Recipe, load_model, save
 from minemap.errors import InputError
 from minemap.inference import keep_freed_memory
 from minemap.models.fill import fill_absent
-from minemap.models.minec2fnet import DEFAULT_ENCODER, MineC2FNet, teacher_network
+from minemap.models.minec2fnet import DEFAULT_ENCODER, MineC2FNet
 from minemap.models.minenetcd import MineNetCD
 from minemap.training import metrics
 from minemap.training.batches import make_batch
@@ -33,8 +33,8 @@ from minemap.training.chips import Chips, check_leakage, draw_blocks, load_chips
 from minemap.training.coarse import COARSENINGS, coarsen_chips
 from minemap.training.config import TrainConfig, as_json
 from minemap.training.continual import attention_loss, select_replay
+from minemap.training.encoders import check_encoder, load_imagenet
 from minemap.training.evaluate import QUICK, predict_chips
-from minemap.training.imagenet import PACKAGED, load_packaged
 from minemap.training.losses import LossWeights, distillation_loss, student_loss
 
 # Surface reflectance of the decided pixels of mines6's training split: mean and standard deviation by band.
@@ -194,6 +194,7 @@ def network_options(config: TrainConfig) -> dict[str, Any]:
     if config.architecture == "minenetcd":
         options["change_fft"] = config.change_fft
     if (encoder := _encoder(config)) is not None:
+        check_encoder(encoder)
         options["encoder_name" if config.architecture in models.BASELINES else "encoder"] = encoder
     return options
 
@@ -208,26 +209,21 @@ def _encoder(config: TrainConfig) -> str | None:
 
 
 def start_network(config: TrainConfig, recipe: Recipe, teacher: nn.Module | None) -> nn.Module:
-    """The network as training starts: random, from ImageNet, or from its teacher."""
-    options = dict(recipe.options)
-    packaged = config.imagenet and config.encoder in PACKAGED
-    fetched = config.imagenet and not packaged
-    if fetched and config.architecture != "minec2fnet":
-        options["encoder_weights"] = "imagenet"
-    network = models.build(config.architecture, **options)
+    """The network as training starts: random, from ImageNet, or from a network before it."""
+    network = models.build(config.architecture, **recipe.options)
+    if config.imagenet and config.start is None and (teacher is None or config.fresh):
+        name = _encoder(config) or models.BASELINES.get(config.architecture, ("", DEFAULT_ENCODER))[1]
+        load_imagenet(network.encoder, name, recipe.options["in_channels"])
     if config.start is not None and isinstance(network, MineNetCD):
         network.start_from(load_model(config.start).network())
     elif config.start is not None:
         # Parts that the older network lacks start as the identity.
         network.load_state_dict(load_model(config.start).network().state_dict(), strict=False)
     elif isinstance(network, MineC2FNet):
-        encoder = options.get("encoder", DEFAULT_ENCODER)
-        start = teacher or teacher_network(options["in_channels"], encoder=encoder, imagenet=fetched)
-        network.start_from(start, fresh=config.fresh)
+        # Without a teacher, its own encoder as it starts is the frozen one
+        network.start_from(teacher or network, fresh=config.fresh or teacher is None)
     elif teacher is not None:
         network.load_state_dict(teacher.state_dict())
-    if packaged and config.start is None and (teacher is None or config.fresh):
-        load_packaged(network.encoder, str(config.encoder))
     return network
 
 
