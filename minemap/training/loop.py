@@ -90,7 +90,8 @@ def train(config: TrainConfig) -> Checkpoint:
 
         # Validation, schedule, log
         judged = network if averaged is None else averaged.module
-        scores = validate(judged, recipe, holdout, config)
+        chooses = config.keep == "best" or epoch + 1 == config.epochs
+        scores = validate(judged, recipe, holdout, config) if chooses else {}
         better = config.keep == "last" or scores.get("miou", float(epoch)) > state["best"]
         _advance(state, config, better=better, score=scores.get("miou", float(epoch)))
         _log(out, {"epoch": epoch, "loss": float(np.mean(losses)), **scores})
