@@ -130,12 +130,13 @@ def whole_map_against_stages() -> Iterator[str]:
         plan = mapping.plan(bbox, "2023", folder / "a.zarr", stac=items)
         store = Store(folder / "a.zarr")
         job = mapping._job(plan, store, mapping._prepare(plan, store), 1)
-        probability(_image(), load_model(), job.settings)  # weights loaded, kernels chosen
+        settings = job.settings(plan.sensor.resolution)
+        probability(_image(), load_model(), settings)  # weights loaded, kernels chosen
         whole = cpu(lambda: mapping.run_tiles(plan.work, job, None, None))
         images: list[tuple[np.ndarray, np.ndarray]] = []
         read = cpu(lambda: images.extend(mapping._image(w.inner, job)[:2] for w in plan.work))
         answers: list[np.ndarray] = []
-        network = cpu(lambda: answers.extend(probability(image, job.checkpoint, job.settings) for image, _ in images))
+        network = cpu(lambda: answers.extend(probability(image, job.checkpoint, settings) for image, _ in images))
         pairs = list(zip(plan.work, answers, strict=True))
         write = cpu(lambda: [store.write_tile(w.inner, 0, {"probability": mapping.percent(a)}) for w, a in pairs])
     total = read + network + write

@@ -71,7 +71,7 @@ def series(
     where: dict[str, Any] = {"bbox": job.bbox} if job.sites is None else {"sites": job.sites}
     frame = area_table(out, threshold=threshold, years=job.years, layer=layer, **where)
     about = Store.at(out).attributes()
-    if AreaModel.of(about["recipe"]) is None:
+    if AreaModel.of(about["recipe"], about["parameters"]["resolution"]) is None:
         warnings.warn(f"the errors of model {about['model']} were not measured: area_km2 is empty", stacklevel=2)
     if job.table:
         write_table(frame, job.table)

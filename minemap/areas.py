@@ -62,7 +62,9 @@ def area_table(
     periods = _periods(store, years, layer)
     limit = _threshold(store, threshold)
     tallies = _tally(store, chosen, periods, mine_from(limit), layer)
-    return _table(tallies, periods, mine_from(limit), AreaModel.of(store.attributes()["recipe"]))
+    about = store.attributes()
+    model = AreaModel.of(about["recipe"], about["parameters"]["resolution"])
+    return _table(tallies, periods, mine_from(limit), model)
 
 
 def _sites(sites: str | Path | Sequence[Site] | None, bbox: BBox | None, buffer: float | None) -> list[Site]:

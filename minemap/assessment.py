@@ -35,7 +35,7 @@ SHARES = (0.3, 0.2, 0.5)  # of the points
 NEAR = 100.0  # metres
 FEWEST = 2  # points in a stratum, without which there is no variance
 Z95 = 1.959964
-LABELS = {"mine": 1, "1": 1, "yes": 1, "true": 1, "not mine": 0, "0": 0, "no": 0, "false": 0}
+LABELS = {"mine": 1, "1": 1, "1.0": 1, "yes": 1, "true": 1, "not mine": 0, "0": 0, "0.0": 0, "no": 0, "false": 0}
 FIELDS = ("id", "lon", "lat", "date", "stratum", "label", "zone", "row", "column", "seed", "threshold")
 
 
@@ -75,6 +75,9 @@ def sample(
         raise InputError(f"folder {out.absolute().parent} does not exist: make it first")
     if n < FEWEST * len(STRATA):
         raise InputError(f"n is {n}: at least {FEWEST * len(STRATA)} points are needed, some hundreds are useful")
+    for file in (out, out.with_suffix(".csv")):
+        if file.exists() and any(_word(row) for row in _read_points(file)):
+            raise InputError(f"{file} holds labels: choose another name for the points, or move it away")
     store = Store.at(path)
     design = _design(store, date, threshold, seed)
     areas, points = _drawn(store, design, n)
@@ -216,7 +219,7 @@ def assess(path: str | Path, points: str | Path) -> dict[str, Any]:
     result with the numbers of points. Raises InputError, StoreError.
     """
     store, rows = Store.at(path), _read_points(Path(points))
-    labelled = [row for row in rows if str(row["label"] or "").strip()]
+    labelled = [row for row in rows if _word(row)]
     design = _one_design(rows, Path(points))
     code = {number: k for k, (_, number) in enumerate(_coded(design))}
     strata = np.array([code[int(row["stratum"])] for row in labelled], int)
@@ -274,8 +277,13 @@ def _one_design(rows: list[dict[str, Any]], path: Path) -> Design:
     return Design(parse_period(date), threshold, seed)
 
 
+def _word(row: dict[str, Any]) -> str:
+    """A point's label as a word, "" where it has none; a number or a truth value is one."""
+    return "" if row["label"] is None else str(row["label"]).strip().lower()
+
+
 def _label(row: dict[str, Any]) -> int:
-    word = str(row["label"]).strip().lower()
+    word = _word(row)
     if word not in LABELS:
         raise InputError(f"point {row['id']} has the label {row['label']!r}: use mine, not mine, or leave it empty")
     return LABELS[word]

@@ -281,8 +281,8 @@ class Plan:
 
     def shared_by(self, processes: int) -> Comparison:
         """The job for one of so many processes on a machine's cores."""
-        detector = self.job.detector
-        return replace(self.job, detector=detector and replace(detector, sharing=processes))
+        detector = self.job.detector and replace(self.job.detector, sharing=processes)
+        return replace(self.job, store=self.job.store.bound(), detector=detector)
 
     @cached_property
     def about(self) -> dict[str, Any]:

@@ -27,7 +27,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return arguments.run(arguments) or 0
     except KeyboardInterrupt:
-        print("minemap: interrupted; the same command goes on from here", file=sys.stderr)
+        again = " without --overwrite" if getattr(arguments, "overwrite", False) else ""
+        print(f"minemap: interrupted; the same command{again} goes on from here", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
         if arguments.debug:

@@ -131,8 +131,10 @@ def _export_vector(path: str | Path, out: Path, date: str | None, shape: Shape) 
 def _export_pyramid(path: str | Path, out: Path, date: str | None) -> Path:
     store = Store(Path(path))
     chosen = choose_period(store, date)
-    groups = store.groups()
-    periods = sorted({p for g in groups for p in store.periods(g) if date is None or p == chosen}, key=str)
+    periods = sorted({p for g in store.groups() for p in store.periods(g) if date is None or p == chosen}, key=str)
+    groups = [group for group in store.groups() if any(store.done(group, period) for period in periods)]
+    if not groups:
+        raise InputError(f"{path} has nothing mapped yet")
     write_pyramid(store, out, periods)
     about = {"properties": {"proj:code": f"EPSG:{groups[0][3:]}" if len(groups) == 1 else None}}
     _write_item(store, out, periods, groups, about, None)

@@ -35,19 +35,21 @@ BATCH = {"cpu": 2, "cuda": 32}  # 4 on a processor are no faster and take 270 MB
 
 @dataclass(frozen=True)
 class Settings:
-    """How the network is run. precision: part of a result's identity. streams: batches at a time on a CPU."""
+    """How the network is run. precision: part of a result's identity. streams: batches at a time on a CPU.
+    resolution: metres of the image's pixels, None for those that the network was trained on."""
 
     precision: str = "fp32"
     streams: int = 1
+    resolution: float | None = None
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise InputError(f"unknown precision {self.precision!r}: give one of {', '.join(PRECISIONS)}")
 
     @staticmethod
-    def for_machine(precision: str | None = None, workers: int = 1) -> Settings:
+    def for_machine(precision: str | None = None, workers: int = 1, resolution: float | None = None) -> Settings:
         """bf16 where the processor has the instructions (it is slower where not), else fp32, unless asked."""
-        return Settings(precision or native_precision(), max(1, cores() // workers))
+        return Settings(precision or native_precision(), max(1, cores() // workers), resolution)
 
 
 def cores() -> int:
@@ -88,7 +90,7 @@ def predict(image: xr.DataArray, checkpoint: Checkpoint, *, precision: str | Non
     image's edge on for certain, from 160 px off an edge that lies on a multiple of 256 px.
     """
     one_date(checkpoint)
-    settings = Settings.for_machine(precision)
+    settings = Settings.for_machine(precision, resolution=_step(image))
     size, margin = checkpoint.recipe.window, layout(checkpoint).margin
     wanted = image.reindex(band=list(checkpoint.recipe.bands)).transpose("band", "y", "x")
     before, after = _margins(wanted, size)
@@ -112,11 +114,16 @@ def one_date(checkpoint: Checkpoint) -> None:
 
 def _margins(image: xr.DataArray, size: int) -> tuple[tuple[int, int], tuple[int, int]]:
     """Pixels to add (top, left), (bottom, right) so that the image starts and ends on the lattice of windows."""
-    y, x = image["y"].values, image["x"].values
-    step = abs(float(x[1] - x[0])) if len(x) > 1 else abs(float(y[1] - y[0]))
+    y, x, step = image["y"].values, image["x"].values, _step(image)
     first = round(-(y[0] / step + 0.5)), round(x[0] / step - 0.5)  # row and column of the zone's lattice
     before = first[0] % size, first[1] % size
     return before, (-(before[0] + len(y)) % size, -(before[1] + len(x)) % size)
+
+
+def _step(image: xr.DataArray) -> float:
+    """Metres between pixels."""
+    along = image["x"] if image.sizes["x"] > 1 else image["y"]
+    return abs(float(along[1] - along[0]))
 
 
 def _whole_windows(image: xr.DataArray, dim: str, size: int) -> int:
@@ -243,7 +250,8 @@ class Runner:
         chance = torch.sigmoid(logits.float()).cpu().numpy()
         if self.recipe.dates > 1:
             return signed(chance)
-        return settle_open_water(windows, chance[:, 0], bands=self.recipe.bands, resolution=self.recipe.resolution)
+        resolution = self.settings.resolution or self.recipe.resolution
+        return settle_open_water(windows, chance[:, 0], bands=self.recipe.bands, resolution=resolution)
 
 
 def signed(chance: np.ndarray) -> np.ndarray:

@@ -190,10 +190,9 @@ class Job:
         """The task of a super-tile."""
         return make_tile(work, self)
 
-    @property
-    def settings(self) -> Settings:
+    def settings(self, resolution: float) -> Settings:
         """On the machine that asks: workers may have more cores than where the run was started."""
-        return Settings.for_machine(self.precision, self.sharing)
+        return Settings.for_machine(self.precision, self.sharing, resolution)
 
 
 @dataclass(frozen=True)
@@ -436,7 +435,7 @@ def with_decision(item: Item) -> Item:
 
 def _job(made: Plan, store: Store, index: dict[str, int], sharing: int) -> Job:
     return Job(
-        store=store,
+        store=store.bound(),
         period=made.period,
         index=index,
         bbox=made.bbox,
@@ -585,7 +584,8 @@ def make_tile(work: Work, job: Job) -> dict[str, float]:
         image, observations, items, asked = _image(work.inner, job)
     margin = layout(job.checkpoint).margin
     with _stage("network"):
-        chance, batch = probability_and_batch(image, job.checkpoint, job.settings)
+        settings = job.settings(work.tile.resolution)
+        chance, batch = probability_and_batch(image, job.checkpoint, settings)
     core = image[:, margin:-margin, margin:-margin]
     outside = ~_valid(work.inner, job)
     chance[outside], observations[outside] = np.nan, 0
@@ -596,15 +596,20 @@ def make_tile(work: Work, job: Job) -> dict[str, float]:
     with _stage("write"):
         job.store.write_tile(work.tile, index, {name: _whole(name, data, work) for name, data in layers.items()})
     counts = count(answer, work.inner, job)
+    area = pixel_area_km2(work.inner)
+    mine = (answer != NOT_OBSERVED) & (answer >= mine_from(job.checkpoint.recipe.threshold))
     job.store.write_record(
         work.tile,
         job.period,
         {
             "windows": work.windows,
             "observed_px": int((answer != NOT_OBSERVED).sum()),
-            "mine_px": int((answer[answer != NOT_OBSERVED] >= mine_from(job.checkpoint.recipe.threshold)).sum()),
+            "mine_px": int(mine.sum()),
             "probability_sum": float(np.nansum(chance, dtype=np.float64)),
-            "probability_km2": float(np.nansum(chance * pixel_area_km2(work.inner), dtype=np.float64)),
+            "wanted_km2": float(area[~outside].sum()),
+            "observed_km2": float(area[answer != NOT_OBSERVED].sum()),
+            "mine_km2": float(area[mine].sum()),
+            "probability_km2": float(np.nansum(chance * area, dtype=np.float64)),
             "items": items,
             "offsets": asked,
             "batch": batch,
@@ -773,6 +778,8 @@ def read_shapes(path: str | Path, role: str, layer: str | None = None) -> geopan
         frame = read(path, **({"layer": layer} if layer else {}))
     except (DataSourceError, DataLayerError, OSError, ValueError) as error:
         raise InputError(f"{role} {path} can't be read as a vector file: {str(error).splitlines()[0]}") from error
+    if not isinstance(frame, geopandas.GeoDataFrame):
+        raise InputError(f"{role} {path} holds no geometries: give a vector file, such as GeoJSON or GeoPackage")
     if frame.crs is None:
         raise InputError(f"{role} {path} has no coordinate reference system: set one in the file")
     return frame.to_crs(4326)

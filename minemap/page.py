@@ -96,8 +96,9 @@ def export_page(
     periods = [p for p in periods if any(store.done(group, p) for group in store.groups())]
     if not periods:
         raise InputError(f"{path} has nothing mapped yet")
-    zones = {group: open_map(path, group) for group in store.groups()}
-    frame = _frame({group: data for group, data in zones.items() if data.sizes["x"]})
+    opened = {group: open_map(path, group) for group in store.groups()}
+    zones = {group: data for group, data in opened.items() if data.sizes["x"]}  # those with something done
+    frame = _frame(zones)
     data = {
         **_drawing(path, periods, frame, Shape(threshold, min_area, smooth)),
         **_pictures(zones, periods, frame),
@@ -187,7 +188,7 @@ def _picture(zones: dict[str, xr.Dataset], period: Period, frame: Frame, resolut
     out = np.zeros((4, *shape), np.uint8)
     for group, data in zones.items():
         at = _index(data, period)
-        if at is None or not data.sizes["x"]:
+        if at is None:
             continue
         colours, own = _colours(data.isel(time=at), resolution)
         layer = np.zeros_like(out)
@@ -237,8 +238,8 @@ def _drawing(path: str | Path, periods: list[Period], frame: Frame, shape: Shape
     outlines = [_in_units(one, frame) for one in drawn]
     tolerance = 0.0
     while True:
-        paths = [[_path(s) for s in shapely.simplify(shapes, tolerance)] for shapes in outlines]
-        if sum(len(text) for texts in paths for text in texts) <= SHAPE_BYTES:
+        paths = [[_path(s, tolerance**2) for s in shapely.simplify(shapes, tolerance)] for shapes in outlines]
+        if sum(len(text) for texts in paths for text in texts) <= SHAPE_BYTES or tolerance > STEPS:
             break
         tolerance = max(1.0, tolerance * 2)
     width, height = (round(side / frame.unit) for side in frame.size)
@@ -262,11 +263,13 @@ def _in_units(found: geopandas.GeoDataFrame, frame: Frame) -> np.ndarray:
     return shapely.transform(np.asarray(metres), lambda p: (p - (left, top)) * (1, -1) / frame.unit)
 
 
-def _path(shape: shapely.Geometry) -> str:
-    """An SVG path of whole units, relative after each ring's first point; rings that vanish stay a point."""
+def _path(shape: shapely.Geometry, smallest: float) -> str:
+    """An SVG path of whole units, relative after each ring's first point. Outer rings that vanish stay a point;
+    holes smaller than `smallest`, square units, are left out."""
     text = []
     for polygon in shapely.get_parts(shape):
-        for ring in (polygon.exterior, *polygon.interiors):
+        holes = [ring for ring in polygon.interiors if shapely.area(shapely.polygons(ring)) >= smallest]
+        for ring in (polygon.exterior, *holes):
             points = np.rint(shapely.get_coordinates(ring)).astype(int)
             steps = np.diff(points[:-1], axis=0)
             steps = steps[steps.any(axis=1)]

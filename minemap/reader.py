@@ -157,9 +157,9 @@ def _attempted(href: str, access: Access, read: Callable[[Any], np.ndarray]) -> 
 
 def address_of(href: str, access: Access) -> str:
     """What to open for an href that `Access.check` has let through: signed, and where redirects lead."""
-    host = urlsplit(href).hostname or ""
+    scheme, host = urlsplit(href).scheme, urlsplit(href).hostname or ""
     trusted = access.hosts is None or host.endswith(KNOWN_HOSTS)  # large providers send nobody elsewhere
-    return signed(href, access) if trusted or "://" not in href else _followed(href, access)
+    return _followed(href, access) if scheme in ("http", "https") and not trusted else signed(href, access)
 
 
 @lru_cache(maxsize=4096)

@@ -30,7 +30,10 @@ LOOK_BYTES = 3  # a pixel and look held at a time
 
 
 def describe(path: str | Path) -> dict[str, Any]:
-    """Zones with their periods, extent and observed share, the model, and the parameters of a map."""
+    """Zones with their periods, extent and observed share, the model, and the parameters of a map.
+
+    Areas are km² on the ellipsoid of what the zone owns and the area of interest holds, whole windows of it.
+    """
     store = Store(Path(path))
     about = store.attributes()
     return {
@@ -54,18 +57,23 @@ def _zone(store: Store, group: str) -> dict[str, Any]:
 
 def _period(store: Store, group: str, period: Period) -> dict[str, Any]:
     records = [json.loads(p.read_text()) for p in (store.meta / "ledger" / group / period.slug).glob("[!.]*.json")]
-    area = (store.grid(group).resolution / 1000) ** 2
-    windows = sum((r["windows"][1] - r["windows"][0]) * (r["windows"][3] - r["windows"][2]) for r in records)
-    pixels = windows * WINDOW**2
-    observed, mine = (sum(r[key] for r in records) for key in ("observed_px", "mine_px"))
+    pixel = (store.grid(group).resolution / 1000) ** 2
+    wanted, observed, mine = (sum(_km2(r, of, pixel) for r in records) for of in ("wanted", "observed", "mine"))
     return {
         "period": str(period),
         "super_tiles": len(records),
-        "km2_computed": round(pixels * area, 2),
-        "observed_fraction": round(observed / pixels, 4) if pixels else 0.0,
-        "km2_mine": round(mine * area, 4),
+        "km2_computed": round(wanted, 2),
+        "observed_fraction": round(observed / wanted, 4) if wanted else 0.0,
+        "km2_mine": round(mine, 4),
         "items": len({item for r in records for item in r["items"]}),
     }
+
+
+def _km2(record: dict[str, Any], of: str, pixel: float) -> float:
+    """An area of a record; records of maps that were made before there were areas in them have counts of pixels."""
+    if (found := record.get(f"{of}_km2")) is not None:
+        return found
+    return pixel * (_windows(record) * WINDOW**2 if of == "wanted" else record[f"{of}_px"])
 
 
 def told(about: dict[str, Any]) -> str:

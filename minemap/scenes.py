@@ -207,7 +207,9 @@ def _halves(bbox: BBox) -> list[BBox]:
 
 
 def _from_api(where: Source, bbox: BBox, period: Period) -> Iterator[Item]:
+    from pystac.errors import STACTypeError
     from pystac_client import Client
+    from pystac_client.errors import ClientTypeError
     from pystac_client.exceptions import APIError
     from pystac_client.stac_api_io import StacApiIO
     from requests.exceptions import RequestException
@@ -224,7 +226,9 @@ def _from_api(where: Source, bbox: BBox, period: Period) -> Iterator[Item]:
         raise CatalogueError(
             f"STAC source {where.url}: {_first_line(error)}; check the address, or try later"
         ) from error
-    except (KeyError, TypeError, ValueError, NotImplementedError, AttributeError) as error:
+    except (
+        KeyError, TypeError, ValueError, NotImplementedError, AttributeError, STACTypeError, ClientTypeError
+    ) as error:  # fmt: skip
         raise CatalogueError(f"{where.url} does not answer as a STAC API: {_first_line(error)}") from error
 
 
@@ -275,7 +279,9 @@ def _clean(item: Item, *, base: str | Path) -> Item:
     kept: Item = {name: item[name] for name in names if name in item}
     if not kept.get("bbox"):
         kept["bbox"] = list(shape(item["geometry"]).bounds)
-    return {**kept, "properties": properties, "assets": assets, "links": []}
+    own = _self_link(item)
+    links = [{"rel": "self", "href": _absolute(own, base)}] if own else []
+    return {**kept, "properties": properties, "assets": assets, "links": links}
 
 
 def _clean_asset(asset: dict[str, Any], base: str | Path) -> dict[str, Any]:

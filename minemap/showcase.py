@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from .demo import Demo, DemoConfig, make_demo
+from .errors import InputError
 from .export import classes, export
 from .mapping import map_area
 from .page import export_page
@@ -34,6 +35,8 @@ def run_demo(
     """
     scene = make_demo(out / "scene", DemoConfig(seed=seed, size=size, years=(year,)))
     path = out / "map.zarr"
+    if path.exists() and Store(path).attributes()["stac"] != str(scene.items):
+        raise InputError(f"{path} is a map, and not the demo's: choose another --out")
     summary = map_area(
         scene.bbox,
         str(year),

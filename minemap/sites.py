@@ -15,6 +15,7 @@ from .mapping import in_zone, inside, read_shapes
 
 if TYPE_CHECKING:
     import geopandas
+    import pandas as pd
     import shapely
 
 NAMES = ("site", "name", "id")  # columns of a vector file that may name its sites, the first that is there
@@ -57,8 +58,9 @@ def _parts(area: shapely.Geometry | None) -> list[shapely.Geometry]:
 def read_sites(path: str | Path, *, buffer: float | None = None) -> list[Site]:
     """The sites of a vector file (any that GDAL reads, or GeoParquet), in order of their first feature.
 
-    Named by the column `site`, `name` or `id`, or by their row from 1; features of one name are one site. buffer:
-    metres around each feature (on the ellipsoid); points and lines need one. Raises InputError.
+    Named by the column `site`, `name` or `id` ("unnamed 7" where the seventh has none), or by their row from 1;
+    features of one name are one site. buffer: metres around each feature (on the ellipsoid); points and lines need
+    one. Raises InputError.
     """
     import shapely
 
@@ -77,10 +79,17 @@ def _named(frame: geopandas.GeoDataFrame, buffer: float | None) -> Iterable[Site
     import shapely
 
     column = next((name for name in NAMES if name in frame.columns), None)
-    names = frame[column].astype(str) if column else np.arange(1, len(frame) + 1).astype(str)
+    rows = np.arange(1, len(frame) + 1).astype(str)
+    names = _names(frame[column]) if column else rows
+    names = np.where(names == "", np.char.add("unnamed ", rows), names)
     for name, rows in frame.assign(_site=names).groupby("_site", sort=False):
         shapes = [_whole(shape, buffer) for shape in rows.geometry]
         yield Site(str(name), area=shapely.union_all(shapes))
+
+
+def _names(column: pd.Series) -> np.ndarray:
+    """As text, "" where there is none; whole numbers stay whole beside missing ones."""
+    return column.convert_dtypes().astype("string").fillna("").str.strip().to_numpy(dtype=str)
 
 
 def _whole(shape: shapely.Geometry, buffer: float | None) -> shapely.Geometry:
@@ -112,6 +121,8 @@ def _buffered(shape: shapely.Geometry, metres: float) -> shapely.Geometry:
 def bounds(sites: Iterable[Site]) -> BBox:
     """The smallest box W S E N around the polygons of all sites; W > E where that is across the antimeridian."""
     boxes = np.array([part.bounds for site in sites for part in _parts(site.area)])
+    if not len(boxes):
+        raise InputError(f"all sites lie beyond {MAX_LATITUDE:g} degrees of latitude, where maps end")
     shifted = boxes.copy()
     shifted[:, [0, 2]] += np.where(boxes[:, [0]] < 0, 360, 0)
     plain, across = ((b[:, 0].min(), b[:, 2].max()) for b in (boxes, shifted))

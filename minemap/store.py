@@ -1,7 +1,7 @@
 """The Zarr v3 store of a map: its layout, writes of whole shards, the ledger, and reading it back.
 
     map.zarr/utm32720/{probability, observations, quicklook, composite, time, time_bounds, y, x, spatial_ref}
-    map.zarr.meta/{items.json, items/, cells/, ledger/, offsets/, lock}
+    map.zarr.meta/{items.json, items/, cells/, ledger/, offsets/, lock, making}
 
 A super-tile is one shard, written by one task: data first, then its record in the ledger. What has no record was
 never finished, whatever the arrays hold. The store is made in a temporary folder and renamed, so it is whole or not
@@ -24,6 +24,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
+from uuid import uuid4
 
 import numpy as np
 import rioxarray  # noqa: F401 (registers the .rio accessor)
@@ -42,6 +43,7 @@ from .sentinel2 import Item
 VERSION = 1  # of the layout
 QUICKLOOK = 8  # pixels of the map to one of the quicklook, on each side
 EPOCH = date(1970, 1, 1)
+MAKING = "making"  # file in the meta folder: a name that no other making of a store has
 NO_TIME = -(2**31)  # days; a period whose adding was cut short
 CONSISTENT = "probability_consistent"  # derived from all periods of `probability`, kept beside it
 LAYERS = ("probability", CONSISTENT, "observations", "quicklook", "composite")
@@ -70,10 +72,15 @@ def parameters_hash(parameters: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Store:
-    """A map on disk, or a map of change. Cheap to make and to send to workers: it holds paths only."""
+    """A map on disk, or a map of change. Cheap to make and to send to workers: it holds paths only.
+
+    making: the making of the store (see `create`) that a run belongs to. A task of an earlier run that nobody could
+    stop can then neither write into the store that has taken its place, nor leave a record that counts there.
+    """
 
     path: Path
     kind: str = "map"  # or "change"
+    making: str | None = None
 
     @staticmethod
     def at(out: str | Path, kind: str = "map") -> Store:
@@ -143,10 +150,23 @@ class Store:
                 shutil.rmtree(self.meta / name, ignore_errors=True)
             for name in ("items.json", "aoi.wkt"):
                 (self.meta / name).unlink(missing_ok=True)
+            write_atomically(self.meta / MAKING, uuid4().hex)
             shutil.rmtree(self.path, ignore_errors=True)
             draft.rename(self.path)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
+
+    def bound(self) -> Store:
+        """This store as it was made last, for the tasks of a run."""
+        return replace(self, making=self._making())
+
+    def _making(self) -> str | None:
+        file = self.meta / MAKING
+        return file.read_text() if file.exists() else None
+
+    def _check_making(self) -> None:
+        if self.making is not None and self._making() != self.making:
+            raise StoreError(f"{self.path} was made anew while this run was writing to it: start it again")
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -261,6 +281,7 @@ class Store:
 
     def write_tile(self, tile: Grid, index: int | None, layers: dict[str, np.ndarray]) -> None:
         """One super-tile of one period (None: of arrays without time): each of `layers` (…, y, x) into its shard."""
+        self._check_making()
         zone = self._zone(tile.group, "r+")
         row, column = tile.offset_in(self.grid(tile.group))
         for name, data in layers.items():
@@ -300,12 +321,15 @@ class Store:
     def record(self, tile: Grid, period: Period) -> dict[str, Any] | None:
         """What the ledger says of a finished super-tile, None when it is not finished."""
         try:
-            return json.loads(self.record_path(tile, period).read_text())
+            found = json.loads(self.record_path(tile, period).read_text())
         except FileNotFoundError:
             return None
+        return found if self.making in (None, found.get("making")) else None
 
     def write_record(self, tile: Grid, period: Period, record: dict[str, Any]) -> None:
-        write_atomically(self.record_path(tile, period), json.dumps(record))
+        self._check_making()
+        own = {} if self.making is None else {"making": self.making}
+        write_atomically(self.record_path(tile, period), json.dumps({**record, **own}))
 
     def mark_stale(self, group: str, cell: tuple[int, int], period: Period) -> None:
         """Super-tiles of a cell that were made from other scenes than now are to be made again."""

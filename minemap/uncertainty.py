@@ -19,6 +19,7 @@ from .grid import BBox
 from .inference import NOT_OBSERVED, mine_from
 
 COVERAGE = 0.9
+NOWHERE = (180.0, 90.0, -180.0, -90.0)  # W S E N
 DOUBTFUL = (10, 90)  # per cent; probabilities from the first up to below the second
 
 
@@ -47,10 +48,13 @@ class AreaModel:
             object.__setattr__(self, name, tuple(getattr(self, name)))
 
     @staticmethod
-    def of(recipe: dict[str, Any]) -> AreaModel | None:
-        """From a recipe's `area_model`, None where it has none of this kind."""
+    def of(recipe: dict[str, Any], resolution: float) -> AreaModel | None:
+        """From a recipe's `area_model`, None where it has none of this kind; of no place where the map has another
+        resolution, metres, than the model was trained at."""
         found = recipe.get("area_model") or {}
-        return AreaModel(**found) if set(found) == {f.name for f in fields(AreaModel)} else None
+        if set(found) != {f.name for f in fields(AreaModel)}:
+            return None
+        return AreaModel(**found | ({} if resolution == recipe["resolution"] else {"region": NOWHERE}))
 
     def interval(self, levels: np.ndarray) -> np.ndarray:
         """Estimate, lower and upper bound in km², float64 (3, ...), from km² by stored value (..., 256)."""

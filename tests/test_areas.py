@@ -150,6 +150,24 @@ def test_sites_from_points_names_and_many_parts(tmp_path):
             read_sites(tmp_path / "points.parquet", buffer=buffer)
 
 
+@pytest.mark.parametrize("names", [["A", None, ""], [3, None, None]])
+def test_sites_without_a_name_stay_apart(tmp_path, names):
+    shapes = [Point(n, 5).buffer(0.01) for n in range(3)]
+    geopandas.GeoDataFrame({"name": names}, geometry=shapes, crs=4326).to_file(tmp_path / "s.gpkg")
+    found = read_sites(tmp_path / "s.gpkg")
+    assert [site.name for site in found] == [str(names[0]), "unnamed 2", "unnamed 3"]
+    assert [round(site.area.centroid.x) for site in found] == [0, 1, 2]
+
+
+def test_places_that_are_none(tmp_path):
+    (tmp_path / "table.csv").write_text("name,lon,lat\na,1,2\n")
+    with pytest.raises(InputError, match=r"table\.csv holds no geometries: give a vector file"):
+        read_sites(tmp_path / "table.csv")
+    geopandas.GeoDataFrame(geometry=[Point(0, -88)], crs=4326).to_file(tmp_path / "pole.gpkg")
+    with pytest.raises(InputError, match="all sites lie beyond 84 degrees"):
+        bounds(read_sites(tmp_path / "pole.gpkg", buffer=1000))
+
+
 def test_sites_across_the_antimeridian(tmp_path, model):
     across = (179.99, -17.02, -179.99, -17.0)
     path = store_of(tmp_path / "map.zarr", across, (2020,), lambda grid, _: np.full(grid.shape, 80), model)

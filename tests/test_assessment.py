@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -154,7 +155,7 @@ def test_intervals_hold_the_truth(made, tmp_path):
     users = area[both].sum() / area[scene(grid, 2020) == 90].sum()
     hits = {"area": 0, "users": 0, "producers": 0}
     for seed in range(25):
-        table = labelled(sample(made, tmp_path / "p.geojson", n=400, seed=seed)["table"], truth)
+        table = labelled(sample(made, tmp_path / f"{seed}.geojson", n=400, seed=seed)["table"], truth)
         mine = assess(made, table)["mine"]
         for name, value in (("area", true), ("users", users), ("producers", area[both].sum() / true)):
             low, high = mine[name]["ci95"]
@@ -178,6 +179,40 @@ def test_the_command_line(made, tmp_path, minemap):
     assert words.returncode == 0 and "user's accuracy" in words.stdout
 
 
+@pytest.mark.parametrize("words", [("mine", "not mine"), (1, 0), (True, False), (1.0, 0.0), ("Yes", " no ")])
+def test_labels_of_any_kind(made, tmp_path, words):
+    out = tmp_path / "points.geojson"
+    sample(made, out, n=60, seed=3)
+    found = json.loads(out.read_text())
+    for n, feature in enumerate(found["features"]):
+        feature["properties"]["label"] = words[n % 2] if n else None
+    out.write_text(json.dumps(found))
+    told = assess(made, out)
+    assert told["labelled"] == 59 and told["overall"]["estimate"] == assess_words(made, out, words)
+
+
+def assess_words(made, out, words):
+    """The same labels as words."""
+    text = {words[0]: "mine", words[1]: "not mine"}
+    found = json.loads(out.read_text())
+    for feature in found["features"]:
+        label = feature["properties"]["label"]
+        feature["properties"]["label"] = "" if label is None else text[label]
+    out.write_text(json.dumps(found))
+    return assess(made, out)["overall"]["estimate"]
+
+
+def test_labels_are_not_drawn_over(made, tmp_path):
+    out = tmp_path / "points.geojson"
+    table = labelled(sample(made, out, n=60)["table"], lambda x, y: x > 0)
+    before = Path(table).read_text()
+    with pytest.raises(InputError, match=r"points\.csv holds labels: choose another name"):
+        sample(made, out, n=90)
+    assert Path(table).read_text() == before
+    sample(made, tmp_path / "free.geojson", n=60)
+    assert sample(made, tmp_path / "free.geojson", n=90)["n"] == 90  # nobody has labelled it
+
+
 def test_what_cannot_be_assessed(made, tmp_path, model):
     table = sample(made, tmp_path / "p.geojson", n=60)["table"]
     with pytest.raises(InputError, match="stratum mine has 0 labelled points"):
@@ -196,9 +231,9 @@ def test_what_cannot_be_assessed(made, tmp_path, model):
     with pytest.raises(InputError, match=r"the ending is \.geojson"):
         sample(made, tmp_path / "p.txt")
     with pytest.raises(InputError, match="no period 2019"):
-        sample(made, tmp_path / "p.geojson", date="2019")
+        sample(made, tmp_path / "q.geojson", date="2019")
     with pytest.raises(InputError, match="at least 6 points"):
-        sample(made, tmp_path / "p.geojson", n=3)
+        sample(made, tmp_path / "q.geojson", n=3)
 
 
 def test_two_zones_and_a_small_stratum(tmp_path, model):

@@ -13,7 +13,7 @@ from conftest import RangeHandler, item, item_file, write_tif
 from minemap.cube import load_cube, load_layers
 from minemap.errors import InputError, ReadError
 from minemap.grid import Grid, grids
-from minemap.reader import Access, read_overview
+from minemap.reader import Access, address_of, read_overview
 from minemap.scenes import search
 from minemap.sentinel2 import BANDS
 
@@ -302,3 +302,11 @@ def test_a_lattice_of_other_nodata_is_read_as_nothing(tmp_path):
         got = load_layers(found, grid, bands=("red",))["dn"].values[0, 0]
     assert not got[:5].any() and not got[:, 0].any()
     np.testing.assert_array_equal(got[5:22, 1:21], data[3:])
+
+
+def test_buckets_are_opened_as_they_are():
+    """Redirects are a matter of http: an s3 address of an unknown bucket goes to GDAL itself."""
+    access = Access(local=False, hosts=("usgs-landsat",))
+    href = "s3://usgs-landsat/collection02/B4.TIF"
+    access.check(href)
+    assert address_of(href, access) == href

@@ -14,7 +14,7 @@ import pytest
 import rasterio
 import xarray as xr
 import zarr
-from conftest import painted
+from conftest import item, item_file, painted
 from pystac.extensions.mlm import MLMExtension, TaskType
 from pystac.extensions.projection import ProjectionExtension
 from pystac.extensions.table import TableExtension
@@ -22,7 +22,10 @@ from pystac.extensions.table import TableExtension
 from minemap.errors import InputError
 from minemap.export import export
 from minemap.grid import grids
+from minemap.page import export_page
 from minemap.polygons import polygons
+from minemap.scenes import parse_period, search
+from minemap.store import Store
 
 BOX = (-66.02, 6.24, -65.98, 6.26)
 
@@ -156,6 +159,32 @@ def test_an_item_at_the_antimeridian(west, east, tmp_path):
         kind, parts = feature["geometry"]["type"], feature["geometry"]["coordinates"]
         for ring in [r for part in (parts if kind == "MultiPolygon" else [parts]) for r in part]:
             assert np.ptp(np.array(ring)[:, 0]) < 0.2 and np.abs(np.array(ring)[:, 0]).max() <= 180
+
+
+HERE = (-63.02, 6.2, -62.98, 6.24)
+
+
+def test_nothing_to_export(tmp_path):
+    (grid,) = grids(HERE, 512)
+    path = painted(tmp_path / "map.zarr", {grid: {}})
+    Store(path).add_period(grid.group, parse_period("2023"))
+    for name in ("levels.zarr", "m.geojson", "m.tif", "m.png", "m.html"):
+        with pytest.raises(InputError, match="has nothing mapped yet"):
+            (export_page if name == "m.html" else export)(path, tmp_path / name)
+    assert [p.name for p in tmp_path.iterdir() if not p.name.startswith("map.zarr")] == []
+
+
+def test_items_of_a_catalogue_are_linked(tmp_path):
+    """The address that an item has in its catalogue is kept, and told with what was made of it."""
+    href = "https://stac.example.org/collections/c/items/S2A_one"
+    one = item("S2A_one", "2023-06-01", HERE, {"blue": "blue.tif"}) | {"links": [{"rel": "self", "href": href}]}
+    (kept,) = search(HERE, "2023", stac=item_file(tmp_path / "items.json", [one]))
+    (grid,) = grids(HERE, 512)
+    percent = np.full(grid.shape, 90, np.uint8)
+    path = painted(tmp_path / "map.zarr", {grid: {"2023": percent}}, items=("S2A_one",))
+    Store(path).write_items([kept])
+    links = read_item(export(path, tmp_path / "m.geojson")).get_links("derived_from")
+    assert [link.href for link in links] == [href]
 
 
 def test_a_pyramid_of_levels_for_viewers(made, tmp_path):

@@ -20,16 +20,16 @@ from pyproj import Transformer
 from shapely.geometry import box
 
 import minemap
-from minemap import load_cube, map_area, open_map
+from minemap import load_cube, map_area, mapping, open_map
 from minemap.checkpoint import DEFAULT_MODEL, available, load_model
 from minemap.cluster import ClusterError
 from minemap.compositing import Rule, composite
 from minemap.demo import DemoConfig, make_demo
 from minemap.errors import InputError, StoreError
 from minemap.mapping import in_zone, plan
-from minemap.report import estimate
+from minemap.report import describe, estimate
 from minemap.scenes import Scenes, search
-from minemap.store import Store
+from minemap.store import Store, write_atomically
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*no SCL:UserWarning")
 
@@ -341,6 +341,37 @@ def test_overwrite_starts_anew(inner, options, tmp_path):
         map_area(inner, "2023", out, **options)
     again = map_area(inner, "2023", out, overwrite=True, **options)
     assert again["super_tiles_computed"] == again["super_tiles"]
+
+
+def test_what_is_left_of_a_run_cannot_write_into_the_next_ones_map(inner, options, tmp_path):
+    """A run was stopped, but a task of it still computes, on a cluster or a thread, while the store is made anew."""
+    out = tmp_path / "map.zarr"
+    first = plan(inner, "2023", out, max_scenes=3, **options)
+    left = mapping._job(first, Store.at(out), mapping._prepare(first, Store.at(out)), 1)
+    again = plan(inner, "2023", out, max_scenes=2, overwrite=True, **options)
+    job = mapping._job(again, Store.at(out), mapping._prepare(again, Store.at(out)), 1)
+    work = again.work[0]
+    with pytest.raises(StoreError, match="was made anew while this run was writing to it"):
+        left.make(work)
+    # Had it written before its store went: neither its record nor its pixels count
+    foreign = {"windows": work.windows, "making": left.store.making, "items": []}
+    write_atomically(job.store.record_path(work.tile, job.period), json.dumps(foreign))
+    assert job.make(work)["computed"] == 1 and job.make(work)["computed"] == 0
+    assert job.store.record(work.tile, job.period)["making"] == job.store.making
+
+
+def test_info_counts_what_a_zone_owns(inner, options, tmp_path):
+    """Areas of `info` are those of the summary where whole windows were asked for, an area of interest by itself."""
+    west, south, east, north = inner
+    middle = box((2 * west + east) / 3, (2 * south + north) / 3, (west + 2 * east) / 3, (south + 2 * north) / 3)
+    geopandas.GeoSeries([middle], crs=4326).to_file(tmp_path / "aoi.geojson")
+    out = tmp_path / "map.zarr"
+    summary = map_area(inner, "2023", out, aoi=tmp_path / "aoi.geojson", **options)
+    (told,) = describe(out)["zones"][0]["periods"]
+    assert told["km2_computed"] == pytest.approx(summary["km2_total"], abs=0.01)
+    assert told["km2_mine"] == pytest.approx(summary["km2_mine"], abs=1e-3)
+    observed = summary["km2_observed"] / summary["km2_total"]
+    assert told["observed_fraction"] == pytest.approx(observed, abs=1e-3)
 
 
 def test_unknown_option():

@@ -23,6 +23,8 @@ from minemap.errors import InputError
 from minemap.grid import CELL, Grid, grids
 from minemap.page import POLYGONS, SHAPE_BYTES, export_page
 from minemap.polygons import polygons
+from minemap.scenes import parse_period
+from minemap.store import Store
 
 HOSTILE = '</script><img src="http://127.0.0.1:9/x" onerror="document.title=\'owned\'"><script>document.title="owned"'
 YEARS = ("2021", "2022", "2023")
@@ -120,6 +122,29 @@ def test_thousands_of_polygons_fit(tmp_path):
     assert sorted(p["km2"] for p in data["polygons"][0])[0] > 0
     coarse = data_of(export_page(path, tmp_path / "map.html", min_area=0.3))
     assert 0 < coarse["counts"][0] < data["counts"][0] and coarse["areas"] == data["areas"]
+
+
+def test_outlines_with_countless_holes_end(tmp_path, monkeypatch):
+    """Every hole keeps a few bytes however coarse its outline: small ones are left out until the page fits."""
+    percent = np.full((512, 512), 90, np.uint8)
+    percent[::4, ::4] = 3
+    grid = Grid(32620, 25 * float(CELL), 34 * float(CELL), 512, 512)
+    path = painted(tmp_path / "map.zarr", {grid: {"2023": percent}})
+    monkeypatch.setattr("minemap.page.SHAPE_BYTES", 50_000)
+    (rows,) = data_of(export_page(path, tmp_path / "map.html"))["polygons"]
+    assert sum(len(row["d"]) for row in rows) <= 50_000
+    assert outline(rows[0]["d"]).area > 0
+
+
+def test_a_zone_with_nothing_done_is_left_out(tmp_path):
+    west, east = grids((-66.02, 6.24, -65.98, 6.26), 512)
+    percent = np.where(west.owned(), 90, 255).astype(np.uint8)
+    path = painted(tmp_path / "map.zarr", {west: {"2023": percent}})
+    Store(path).add_zone(east, 512, None)
+    Store(path).add_period(east.group, parse_period("2023"))
+    Store(path).consolidate()
+    (row,) = data_of(export_page(path, tmp_path / "map.html"))["areas"]
+    assert row["mapped_area_km2"] == pytest.approx(float(area_table(path)["mapped_area_km2"].iloc[0]), abs=1e-5)
 
 
 def test_an_estimate_has_whiskers(opened, tmp_path):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 
 from minemap.checkpoint import load_model
+from minemap.errors import InputError
 from minemap.grid import WINDOW
 from minemap.inference import Runner, Settings, layout, probability
 from minemap.showcase import run_demo
@@ -83,3 +85,12 @@ def test_windows_leave_no_steps():
     scenes = [make_scene(seed, 768).image.astype(np.float32) for seed in range(10, 18)]
     assert steps(scenes, faded) <= 1.2
     assert steps(scenes[:2], side_by_side) > 2  # the measure finds them where there are some
+
+
+def test_a_map_of_the_users_is_left_alone(tmp_path, made):
+    out = tmp_path / "mine"
+    shutil.copytree(made[0] / "map.zarr", out / "map.zarr")  # its scene lies elsewhere
+    before = sorted(p.stat().st_mtime_ns for p in (out / "map.zarr").rglob("*"))
+    with pytest.raises(InputError, match="is a map, and not the demo's: choose another --out"):
+        run_demo(out, seed=SEED, size=256)
+    assert sorted(p.stat().st_mtime_ns for p in (out / "map.zarr").rglob("*")) == before

@@ -10,7 +10,7 @@ import xarray as xr
 from conftest import served_catalogue, stac_api
 
 from minemap import map_area
-from minemap.errors import NoItemsError
+from minemap.errors import CatalogueError, NoItemsError
 from minemap.scenes import search
 
 
@@ -63,3 +63,10 @@ def test_search_filters_and_pages(api, scene, monkeypatch):
         search((10, 10, 11, 11), "2023", stac=api)
     with pytest.raises(NoItemsError, match=r"no items in .* collection landsat"):
         search(scene.bbox, "2023", stac=api, collection="landsat")
+
+
+def test_an_address_below_the_api_is_said(api, scene):
+    (collection,) = {i["collection"] for i in search(scene.bbox, "2023", stac=api)}
+    for below in (f"/collections/{collection}", f"/collections/{collection}/items"):
+        with pytest.raises(CatalogueError, match="does not answer as a STAC API"):
+            search(scene.bbox, "2023", stac=api.rstrip("/") + below)

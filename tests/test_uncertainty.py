@@ -95,8 +95,8 @@ def test_kept_in_the_recipe_and_used_by_the_table(model, tmp_path):
     errors = replace(MODEL, region=WORLD, shares=(0.05, 0.95))
     kept = keep(load_model(folder), errors)
     assert (folder / WEIGHTS).read_bytes() == before and kept.sha256 != load_model(model).sha256
-    assert AreaModel.of(asdict(load_model(folder).recipe)) == errors
-    assert AreaModel.of({"area_model": {**asdict(errors), "another": 1}}) is None
+    assert AreaModel.of(asdict(load_model(folder).recipe), 10) == errors
+    assert AreaModel.of({"area_model": {**asdict(errors), "another": 1}}, 10) is None
 
     def paint(grid, year):
         return np.where(grid.y[:, None] > 687_000, 95, 2) + np.zeros(grid.shape, int)
@@ -109,6 +109,11 @@ def test_kept_in_the_recipe_and_used_by_the_table(model, tmp_path):
     whole[95], whole[2] = row.mapped_area_km2, 1e6
     expected = MODEL.interval(whole)
     np.testing.assert_allclose([row.area_km2, row.area_km2_lower, row.area_km2_upper], expected)
+    assert not row.extrapolated
+    elsewhere = AreaModel.of(asdict(load_model(folder).recipe), 30)  # errors of 10-m pixels tell nothing of 30-m ones
+    half = np.zeros(256)
+    half[[2, 95]] = 1.0
+    assert elsewhere.extrapolates(half, [BOX]) and not errors.extrapolates(half, [BOX])
 
 
 def test_without_measured_errors_there_is_no_estimate(model, tmp_path):
@@ -119,7 +124,7 @@ def test_without_measured_errors_there_is_no_estimate(model, tmp_path):
 
 def test_what_the_default_model_has_measured():
     """The figures of the command; the bounds are the project's aims, but for the width, which is missed."""
-    fitted = AreaModel.of(asdict(load_model().recipe))
+    fitted = AreaModel.of(asdict(load_model().recipe), 10)
     assert fitted is not None and fitted.threshold == load_model().recipe.threshold
     assert 85 <= fitted.measured["coverage"] <= 95 and fitted.measured["blocks"] >= 40
     assert {"south-america-2026"} <= set(available())

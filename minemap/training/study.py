@@ -49,6 +49,7 @@ BASE: dict[str, Any] = {
 }
 SCRATCH = {"encoder": "tu-tf_efficientnet_lite0", "imagenet": True, "learning_rate": 1e-3, "epochs": 25}
 STUDENT = {"architecture": "minec2fnet", "selection": "hybrid", "distill": 0.3, "ssim": 0.0, "boundary": 0.0}
+FEWER = {"fine_share": 0.05}  # a part of the draw's fine blocks; the teacher of the draw has seen none of them
 TEACHER = "fpn_coarse"
 # Method -> what it changes in BASE. Those that name no SCRATCH start from the teacher of their draw.
 METHODS: dict[str, dict[str, Any]] = {
@@ -60,6 +61,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "replay": {"replay": 0.25, "ssim": 0.0, "boundary": 0.0},
     "lwm": {"selection": "standard", "attention": 1.0, "ssim": 0.0, "boundary": 0.0},
     "minec2fnet_fresh": {**STUDENT, "fresh": True, **SCRATCH},
+    "fewer_fpn_fine": {"ssim": 0.0, "boundary": 0.0, **SCRATCH, **FEWER},
+    "fewer_fpn_finetune": {"ssim": 0.0, "boundary": 0.0, **FEWER},
+    "fewer_minec2fnet": {**STUDENT, **FEWER},
     "parts_none": {**STUDENT, "gated_fusion": False, "cbam": False, "refinement": False},
     "parts_gf": {**STUDENT, "cbam": False, "refinement": False},
     "parts_gf_cbam": {**STUDENT, "refinement": False},
@@ -85,6 +89,10 @@ TABLES = {
     "methods": (
         (TEACHER, "fpn_fine", "fpn_finetune", "lwf", "lwm", "replay", "minec2fnet", "minec2fnet_fresh"),
         ("fpn_fine", "fpn_finetune"),
+    ),
+    "fewer": (
+        ("fewer_fpn_fine", "fewer_fpn_finetune", "fewer_minec2fnet"),
+        ("fewer_fpn_fine", "fewer_fpn_finetune"),
     ),
     "parts": (("parts_none", "parts_gf", "parts_gf_cbam", "minec2fnet"), ("parts_none",)),
     "distillation": (
