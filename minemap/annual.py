@@ -16,8 +16,9 @@ from .consistency import make_consistent
 from .errors import InputError, NoItemsError
 from .grid import BBox, check_bbox
 from .mapping import Plan, map_area, plan
+from .scenes import around
 from .sites import Site, bounds, read_sites
-from .store import CONSISTENT, Store
+from .store import CONSISTENT, Store, check_file
 from .uncertainty import AreaModel
 
 if TYPE_CHECKING:
@@ -122,6 +123,8 @@ class _Job:
         places = read_sites(sites, buffer=buffer) if sites is not None else None
         near = _union(places) if bbox is None and places else None
         box = check_bbox(bbox) if bbox is not None else bounds(places or [])
+        if bbox is not None and places and not _union(places).intersects(around(box)):
+            raise InputError(f"sites {sites} and bbox {' '.join(f'{n:g}' for n in box)} have no place in common")
         written = file_to_write(table, TABLES, "table") if table is not None else None
         picture = (
             file_to_write(chart, (".png",), "chart") if chart is not None else written and written.with_suffix(".png")
@@ -144,8 +147,7 @@ def file_to_write(name: str | Path, endings: tuple[str, ...], role: str) -> Path
     path = Path(name)
     if path.suffix.lower() not in endings:
         raise InputError(f"{role} {path.name!r} can't be written: endings are {', '.join(endings)}")
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise InputError(f"{role} {path} is a folder, or lies in none: give a file in a folder that exists")
+    check_file(path, role)
     return path
 
 

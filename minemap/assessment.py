@@ -28,7 +28,7 @@ from .errors import InputError
 from .grid import Grid, continuous_lonlat, pixel_area_km2
 from .inference import NOT_OBSERVED, mine_from
 from .scenes import Period, parse_period
-from .store import Store, write_atomically
+from .store import Store, check_file, write_atomically
 
 STRATA = ("mine", "near", "far")
 SHARES = (0.3, 0.2, 0.5)  # of the points
@@ -37,6 +37,8 @@ FEWEST = 2  # points in a stratum, without which there is no variance
 Z95 = 1.959964
 LABELS = {"mine": 1, "1": 1, "1.0": 1, "yes": 1, "true": 1, "not mine": 0, "0": 0, "0.0": 0, "no": 0, "false": 0}
 FIELDS = ("id", "lon", "lat", "date", "stratum", "label", "zone", "row", "column", "seed", "threshold")
+
+WHOLE = ("stratum", "row", "column", "seed")  # fields that are whole numbers
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,9 @@ def sample(
     out = Path(out)
     if out.suffix.lower() not in (".geojson", ".json"):
         raise InputError(f"points {out.name!r} can't be written: the ending is .geojson")
-    if not out.absolute().parent.is_dir():
-        raise InputError(f"folder {out.absolute().parent} does not exist: make it first")
+    check_file(out, "points")
+    if seed < 0:
+        raise InputError(f"seed is {seed}: give 0 or more")
     if n < FEWEST * len(STRATA):
         raise InputError(f"n is {n}: at least {FEWEST * len(STRATA)} points are needed, some hundreds are useful")
     for file in (out, out.with_suffix(".csv")):
@@ -222,7 +225,7 @@ def assess(path: str | Path, points: str | Path) -> dict[str, Any]:
     labelled = [row for row in rows if _word(row)]
     design = _one_design(rows, Path(points))
     code = {number: k for k, (_, number) in enumerate(_coded(design))}
-    strata = np.array([code[int(row["stratum"])] for row in labelled], int)
+    strata = np.array([code.get(row["stratum"], len(STRATA)) for row in labelled], int)
     areas = _check(store, design, labelled, strata)
     truth = np.array([_label(row) for row in labelled], int)
     found = accuracy(areas, strata, (strata == 0).astype(int), truth, classes=("not mine", "mine"))
@@ -263,14 +266,18 @@ def _read_points(path: Path) -> list[dict[str, Any]]:
             rows = [feature["properties"] for feature in json.loads(text)["features"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"points {path} can't be read: give a file of minemap sample ({error})") from error
-    missing = set(FIELDS) - set(rows[0] if rows else ())
+    missing = {name for row in rows or [{}] for name in set(FIELDS) - set(row or ())}
     if missing:
         raise InputError(f"points {path} have no {', '.join(sorted(missing))}: give a file of minemap sample")
-    return rows
+    try:
+        whole = [{name: int(float(row[name])) for name in WHOLE} for row in rows]
+        return [row | own | {"threshold": float(row["threshold"])} for row, own in zip(rows, whole, strict=True)]
+    except (TypeError, ValueError) as error:
+        raise InputError(f"points {path}: only labels may be changed ({error})") from error
 
 
 def _one_design(rows: list[dict[str, Any]], path: Path) -> Design:
-    found = {(str(row["date"]), float(row["threshold"]), int(row["seed"])) for row in rows}
+    found = {(str(row["date"]), row["threshold"], row["seed"]) for row in rows}
     if len(found) != 1:
         raise InputError(f"points {path} come from {len(found)} draws: assess each file on its own")
     date, threshold, seed = found.pop()
@@ -292,7 +299,7 @@ def _label(row: dict[str, Any]) -> int:
 def _check(store: Store, design: Design, rows: list[dict[str, Any]], strata: np.ndarray) -> np.ndarray:
     """km² of the strata; InputError where the map is not the one that the points were drawn from, or too few."""
     _design(store, str(design.period), design.threshold, design.seed)
-    wanted = {(r["zone"], int(r["row"]), int(r["column"])): k for r, k in zip(rows, strata.tolist(), strict=True)}
+    wanted = {(r["zone"], r["row"], r["column"]): k for r, k in zip(rows, strata.tolist(), strict=True)}
     areas, agree = np.zeros(len(STRATA)), 0
     for tile, found, area in _by_tile(store, design):
         areas += _sums(found, area)
@@ -302,7 +309,7 @@ def _check(store: Store, design: Design, rows: list[dict[str, Any]], strata: np.
                 agree += found[row - top, column - left] == k
     if agree != len(wanted):
         raise InputError(f"{store.path} differs from what {len(wanted) - agree} points were drawn from: draw again")
-    counts = np.bincount(strata, minlength=len(STRATA))
+    counts = np.bincount(strata, minlength=len(STRATA) + 1)[: len(STRATA)]
     for name, km2, count in zip(STRATA, areas, counts, strict=True):
         if km2 > 0 and count < FEWEST:
             raise InputError(f"stratum {name} has {count} labelled points: label at least {FEWEST}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -30,6 +31,9 @@ def main(argv: list[str] | None = None) -> int:
         again = " without --overwrite" if getattr(arguments, "overwrite", False) else ""
         print(f"minemap: interrupted; the same command{again} goes on from here", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:  # who reads our output has had enough, as head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except Exception as error:
         if arguments.debug:
             raise
@@ -97,12 +101,12 @@ def _commands() -> Iterator[tuple[str, str, Add, Run]]:
     yield "sample", "draw a stratified random sample of a map, to be labelled by eye", _add_sample, _sample
     yield "assess", "accuracy and area of a map from a labelled sample", _add_assess, _assess
     yield "info", "what is in a map: zones, dates, extent, model, how much was observed", _add_info, _info
-    yield "export", "write a map as a page, a picture, a COG or polygons", _add_export, _export
+    yield "export", "write a map as a page, a picture, a COG, polygons or a pyramid of levels", _add_export, _export
     yield "models", "the known models; one model's card", _add_models, _models
     yield "chips", "training chips from polygons and STAC", _add_chips, _chips
     yield (
         "train",
-        "train a teacher, a student (MineC2FNet) or a baseline",
+        "train a teacher, a student (MineC2FNet), a baseline or a network of change",
         training.add_train_arguments,
         training.run_train,
     )
@@ -186,23 +190,12 @@ def _map(a: argparse.Namespace) -> int:
 
         _say(a, estimate(plan(bbox, a.date, a.out, **_options(a))))
         return 0
-    _tell_of_clusters(a)
     with _progress(a) as progress:
         summary = map_area(
             bbox, a.date, a.out, cluster=a.cluster, workers=a.workers, progress=progress, **_options(a)
         )
     _say(a, summary, _told(summary))
     return 0
-
-
-def _tell_of_clusters(a: argparse.Namespace) -> None:
-    """What minemap logs (where the dashboard is) on standard error, unless --quiet."""
-    log = logging.getLogger("minemap")
-    if not log.handlers and not a.quiet:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("minemap: %(message)s"))
-        log.addHandler(handler)
-        log.setLevel(logging.INFO)
 
 
 def _told(s: dict[str, Any]) -> str:

@@ -109,6 +109,10 @@ class DemoConfig:
             raise InputError(f"size {self.size}: even numbers of at least 64 pixels are needed")
         if not (-180 <= self.lon <= 180 and -83.5 <= self.lat <= 83.5):
             raise InputError(f"centre {self.lon}, {self.lat}: longitude ±180 and latitude ±83.5 at most")
+        if self.seed < 0:
+            raise InputError(f"seed is {self.seed}: give 0 or more")
+        if not all(1 <= year <= 9999 for year in self.years):
+            raise InputError(f"years {', '.join(map(str, self.years))}: give years from 1 to 9999")
         if not self.years or not 1 <= self.scenes_per_year <= 100:
             raise InputError("at least one year and 1 to 100 scenes a year are needed")
 

@@ -17,7 +17,7 @@ from .polygons import COLUMNS, check_threshold, choose_period, polygons
 from .pyramid import write_pyramid
 from .scenes import Period, parse_period
 from .stac_item import describe, item_path, of_raster, of_table
-from .store import QUICKLOOK, Store, open_map, write_atomically
+from .store import QUICKLOOK, Store, check_file, open_map, write_atomically
 
 if TYPE_CHECKING:
     import geopandas
@@ -62,7 +62,8 @@ def export(
     endings = (*RASTERS, *VECTORS, ".zarr")
     if ending not in endings:
         raise InputError(f"can't export to {out.name!r}: endings are {', '.join(endings)}, .html")
-    check_out(out)
+    if ending != ".zarr":
+        check_file(out)
     if threshold is not None:
         check_threshold(threshold)
     shape = Shape(threshold, min_area, smooth)
@@ -77,14 +78,6 @@ def export(
             raise InputError("threshold, min_area and smooth shape footprints: .zarr holds probabilities")
         return _export_pyramid(path, out, date)
     return _export_vector(path, out, date, shape)
-
-
-def check_out(out: Path) -> None:
-    """InputError unless `out` can be a file's name."""
-    if out.is_dir():
-        raise InputError(f"{out} is a folder: give the name of a file")
-    if not out.absolute().parent.is_dir():
-        raise InputError(f"folder {out.absolute().parent} does not exist: make it first")
 
 
 @contextmanager

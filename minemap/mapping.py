@@ -345,8 +345,10 @@ def _with_scenes(made: Plan, store: Store | None) -> Plan:
     planned = replace(made, cells=chosen, frozen=len(done))
     if empty and not planned.items and not done:
         raise empty[0]
-    for nothing in empty:
-        warnings.warn(f"part of the box stays unobserved: {nothing}", stacklevel=2)
+    if empty:
+        more = f" (and so in {len(empty) - 1} more of its zones)" if len(empty) > 1 else ""
+        across = "; W > E crosses the antimeridian" if len(empty) > 1 and made.bbox[0] > made.bbox[2] else ""
+        warnings.warn(f"part of the box stays unobserved{more}{across}: {empty[0]}", stacklevel=2)
     blind = sum(asset_key(item, SCL) is None for item in planned.items)
     if blind:
         told = f"{blind} of {len(planned.items)} items have no {made.sensor.quality}: their clouds are not masked"

@@ -25,10 +25,10 @@ from pyproj import CRS, Transformer
 
 from .areas import POOR, area_table
 from .errors import InputError
-from .export import Shape, check_out, drafted
+from .export import Shape, drafted
 from .polygons import check_threshold, choose_period, polygons
 from .scenes import Period
-from .store import QUICKLOOK, Store, open_map
+from .store import QUICKLOOK, Store, check_file, open_map
 
 if TYPE_CHECKING:
     import geopandas
@@ -87,7 +87,7 @@ def export_page(
     maps get coarser pictures and outlines, and the page says so. Raises InputError, StoreError.
     """
     out = Path(out)
-    check_out(out)
+    check_file(out)
     store = Store(Path(path))
     about = store.attributes()
     limit = check_threshold(about["recipe"]["threshold"] if threshold is None else threshold)

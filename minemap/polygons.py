@@ -13,6 +13,7 @@ the first one's zone, and within a pixel of the edge (nowhere else) the gaps bet
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -65,7 +66,7 @@ def polygons(
     store = Store(Path(path))
     about = store.attributes()
     limit = check_threshold(about["recipe"]["threshold"] if threshold is None else threshold)
-    if min_area < 0:
+    if not 0 <= min_area < math.inf:
         raise InputError(f"min_area {min_area:g} is an area in hectares, 0 or more")
     period = choose_period(store, date)
     years = _years(store, period)

@@ -25,7 +25,7 @@ from .errors import InputError
 from .grid import WINDOW, Grid
 from .inference import NOT_OBSERVED
 from .scenes import Period
-from .store import CONVENTIONS, Store, consolidate, create_level, zone_attributes
+from .store import CONVENTIONS, Store, check_file, consolidate, create_level, zone_attributes
 
 MULTISCALES = {
     "uuid": "d35379db-88df-4056-af3a-620245f8e347",
@@ -40,6 +40,7 @@ def write_pyramid(store: Store, out: Path, periods: list[Period]) -> None:
     """Writes `periods` of every zone to the new folder `out`; one block of super-tiles is held at a time."""
     if out.exists():
         raise InputError(f"{out} exists already: remove it, or choose another name")
+    check_file(out)
     draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.absolute().parent))
     about = store.attributes()
     try:

@@ -206,6 +206,11 @@ def _halves(bbox: BBox) -> list[BBox]:
     return [(west, south, 180.0, north), (-180.0, south, east, north)]
 
 
+def around(bbox: BBox) -> shapely.Geometry:
+    """A box W S E N as polygons in degrees, two where it crosses the antimeridian."""
+    return shapely.union_all([box(*part) for part in _halves(bbox)])
+
+
 def _from_api(where: Source, bbox: BBox, period: Period) -> Iterator[Item]:
     from pystac.errors import STACTypeError
     from pystac_client import Client
@@ -240,7 +245,7 @@ def sensor_at(where: Source) -> Sensor:
 
 
 def _from_file(where: Source, bbox: BBox) -> Iterator[Item]:
-    wanted = shapely.union_all([box(*part) for part in _halves(bbox)])
+    wanted = around(bbox)
     yield from (item for item, area in _read_file(where) if area.intersects(wanted))
 
 
@@ -368,7 +373,7 @@ def _same_ground(one: Item, other: Item) -> bool:
 def _area(item: Item) -> shapely.Geometry:
     if item.get("geometry"):
         return shapely.make_valid(shape(item["geometry"]))
-    return shapely.union_all([box(*part) for part in _halves(tuple(item["bbox"]))])
+    return around(tuple(item["bbox"]))
 
 
 @dataclass(frozen=True)

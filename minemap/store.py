@@ -133,8 +133,8 @@ class Store:
         for grid in grids:
             if grid.group in present and not self.grid(grid.group).covers(grid):
                 raise StoreError(
-                    f"{self.path} covers another area of {grid.group}: give the same bbox, another output, or make "
-                    "the store with --extent zone, into which any areas merge"
+                    f"{self.path} covers another area of {grid.group}: give the same bbox and --extent, or another "
+                    "output; only a store made with --extent zone can grow"
                 )
 
     def create(self, attributes: dict[str, Any]) -> None:
@@ -379,8 +379,22 @@ def write_atomically(path: Path, text: str) -> None:
     data = gzip.compress(text.encode(), mtime=0) if path.suffix == ".gz" else text.encode()
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as draft:
         draft.write(data)
-    Path(draft.name).chmod(0o666 & ~_umask())
-    Path(draft.name).replace(path)
+    try:
+        Path(draft.name).chmod(0o666 & ~_umask())
+        Path(draft.name).replace(path)
+    finally:
+        Path(draft.name).unlink(missing_ok=True)
+
+
+def check_file(path: Path, role: str = "output") -> None:
+    """Raises InputError unless a file of that name can be written."""
+    folder = path.absolute().parent
+    if path.is_dir():
+        raise InputError(f"{role} {path} is a folder: give the name of a file")
+    if not folder.is_dir():
+        raise InputError(f"{role} {path.name}: folder {folder} does not exist: make it first")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"{role} {path.name}: folder {folder} can't be written to, choose another")
 
 
 def consolidate(path: Path, groups: list[str]) -> None:

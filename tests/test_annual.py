@@ -198,11 +198,18 @@ def test_a_year_without_scenes_is_not_observed(land, options, tmp_path, model):
     assert not (tmp_path / "none.zarr").exists()
 
 
+def test_sites_outside_the_box_are_said_before_anything_is_mapped(land, options, tmp_path):
+    geopandas.GeoSeries([box(0, 0, 1, 1)], crs=4326).to_file(tmp_path / "far.geojson")
+    with pytest.raises(InputError, match=r"far\.geojson and bbox .* have no place in common"):
+        series(land.bbox, 2019, tmp_path / "map.zarr", sites=tmp_path / "far.geojson", **options)
+    assert not (tmp_path / "map.zarr").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "match"),
     [
         ({"table": "areas.xlsx"}, "table 'areas.xlsx' can't be written: endings are .csv, .parquet"),
-        ({"table": "nowhere/areas.csv"}, "is a folder, or lies in none"),
+        ({"table": "nowhere/areas.csv"}, "does not exist: make it first"),
         ({"chart": "chart.svg"}, "chart 'chart.svg' can't be written"),
         ({"buffer": 100.0}, "no sites are given"),
         ({"threshold": 50.0}, "threshold 50.0 is a probability"),

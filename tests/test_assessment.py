@@ -230,6 +230,17 @@ def test_what_cannot_be_assessed(made, tmp_path, model):
         assess(made, tmp_path / "no.csv")
     with pytest.raises(InputError, match=r"the ending is \.geojson"):
         sample(made, tmp_path / "p.txt")
+    for name, value in (("stratum", 9), ("row", "x"), ("seed", None)):
+        changed = pd.read_csv(table).astype({name: object})
+        changed.loc[3, name] = value
+        changed.to_csv(tmp_path / "changed.csv", index=False)
+        with pytest.raises(InputError, match=r"were drawn from: draw again|only labels may be changed"):
+            assess(made, tmp_path / "changed.csv")
+    with pytest.raises(InputError, match="seed is -1"):
+        sample(made, tmp_path / "q.geojson", seed=-1)
+    with pytest.raises(InputError, match="is a folder: give the name of a file"):
+        (tmp_path / "folder.geojson").mkdir()
+        sample(made, tmp_path / "folder.geojson")
     with pytest.raises(InputError, match="no period 2019"):
         sample(made, tmp_path / "q.geojson", date="2019")
     with pytest.raises(InputError, match="at least 6 points"):

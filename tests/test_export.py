@@ -213,7 +213,7 @@ def test_a_pyramid_of_levels_for_viewers(made, tmp_path):
     assert max(told[-1]["spatial:shape"]) <= 256
     item = read_item(out)
     assert str(item.common_metadata.start_datetime)[:4] == "2022" and "utm32620" in zarr.open_group(out, mode="r")
-    with pytest.raises(InputError, match="is a folder"):
+    with pytest.raises(InputError, match="exists already: remove it, or choose another name"):
         export(made, out)
     one = export(made, tmp_path / "one.zarr", date="2022")
     assert xr.open_zarr(one, group="utm32620/1").sizes["time"] == 1
@@ -222,6 +222,8 @@ def test_a_pyramid_of_levels_for_viewers(made, tmp_path):
 BAD = {
     "ending": (("m.xyz",), "endings are"),
     "threshold": (("m.geojson", "--threshold", "2"), "is a probability"),
+    "no min area": (("m.parquet", "--min-area", "nan"), "in hectares"),
+    "no folder": (("nowhere/m.zarr",), "does not exist: make it first"),
     "min area": (("m.parquet", "--min-area", "-1"), "in hectares"),
     "raster with area": (("m.tif", "--min-area", "1"), r"shape polygons: \.tif has none"),
     "zone": (("m.gpkg", "--zone", "utm32619"), "holds all zones"),

@@ -227,7 +227,7 @@ def test_train_arguments(tmp_path: Path) -> None:
         (["student", "--set", "gated_fusion=false"], "needs --teacher"),
         (["baseline", "--name", "lwf"], "needs --teacher"),
         (["teacher", "--set", "epochs"], "KEY=VALUE"),
-        (["teacher", "--set", "surprise=1"], "KEY=VALUE"),
+        (["teacher", "--set", "surprise=1"], "no training option 'surprise': choose among"),
         (["teacher", "--set", "schedule=steps"], "not possible"),
         (["teacher", "--config", "absent.json"], "cannot be read"),
     ],
@@ -235,6 +235,46 @@ def test_train_arguments(tmp_path: Path) -> None:
 def test_impossible_arguments(words: list[str], match: str) -> None:
     with pytest.raises(InputError, match=match):
         commands.train_config(_arguments(words[0], "--chips", "a.npz", "--out", "o", *words[1:]))
+
+
+def test_a_file_of_options_comes_between_the_kind_and_the_words(tmp_path: Path) -> None:
+    (tmp_path / "o.json").write_text(json.dumps({"coarse": "none", "epochs": 3, "batch": 4, "teacher": "there"}))
+    words = ["--config", str(tmp_path / "o.json"), "--set", "epochs=5", "--set", "sizes=64,128"]
+    config = commands.train_config(_arguments("teacher", "--chips", "a", "--chips", "b", "--out", "o", *words))
+    assert (config.coarse, config.epochs, config.batch, config.teacher) == ("none", 5, 4, "there")
+    assert config.architecture == "fpn" and config.sizes == (64, 128) and config.data == ("a", "b")
+    (tmp_path / "list.json").write_text("[1]")
+    with pytest.raises(InputError, match="holds no object of training options"):
+        commands.train_config(
+            _arguments("teacher", "--chips", "a", "--out", "o", "--config", str(tmp_path / "list.json"))
+        )
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("epochs=abc", "epochs='abc' is no int"),
+        ("epochs=1.5", "epochs=1.5 is no int"),
+        ("learning_rate=true", "learning_rate=True is no float"),
+        ("teacher=3", "teacher=3 is no str"),
+        ("sizes=64,x", "sizes=.* is no tuple"),
+        ("derived=evi", "derived=.* is not possible"),
+    ],
+)
+def test_values_of_another_kind(text: str, match: str) -> None:
+    with pytest.raises(InputError, match=match):
+        commands.train_config(_arguments("teacher", "--chips", "a", "--out", "o", "--set", text))
+
+
+def test_what_cannot_be_trained_leaves_nothing(chips: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="file is a file: give the name of a folder"):
+        train(_config(chips, tmp_path / "file", architecture="fpn"))
+    with pytest.raises(InputError, match="device 'tpu' is not here"):
+        train(_config(chips, tmp_path / "run", architecture="fpn", device="tpu"))
+    with pytest.raises(InputError, match=r"nowhere\.npz"):
+        train(_config(str(tmp_path / "nowhere.npz"), tmp_path / "run", architecture="fpn"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_unknown_options_are_refused(tmp_path: Path) -> None:

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from minemap.checkpoint import WEIGHTS, Checkpoint, load_model, save
+from minemap.checkpoint import Checkpoint, load_model
 from minemap.errors import InputError
 from minemap.inference import percent
-from minemap.training.card import render
+from minemap.training.card import rewrite
 from minemap.training.chips import IGNORE, Chips, check_leakage, load_chips
 from minemap.training.evaluate import predict_chips
 from minemap.uncertainty import COVERAGE, AreaModel, parts, spread
@@ -149,14 +149,7 @@ def build(blocks: Blocks, chips: Chips, threshold: float) -> AreaModel:
 
 def keep(checkpoint: Checkpoint, model: AreaModel) -> Checkpoint:
     """The checkpoint with the model of errors in its recipe and card; raises when its weights' bytes change."""
-    before = (checkpoint.path / WEIGHTS).read_bytes()
-    recipe = replace(checkpoint.recipe, area_model=asdict(model))
-    if "validation" in recipe.metrics:
-        (checkpoint.path / "README.md").write_text(render(recipe))
-    written = save(checkpoint.path, checkpoint.network(), recipe)
-    if (checkpoint.path / WEIGHTS).read_bytes() != before:
-        raise InputError(f"the weights of {checkpoint.path} have changed by being written again: restore them")
-    return written
+    return rewrite(checkpoint, replace(checkpoint.recipe, area_model=asdict(model)))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from minemap.checkpoint import Checkpoint, Recipe, load_model, save
+from minemap.checkpoint import WEIGHTS, Checkpoint, Recipe, load_model, save
+from minemap.errors import InputError
 from minemap.sentinel2 import BANDS
 from minemap.training import metrics
 from minemap.training.chips import Chips, keep_bands, load_chips
@@ -73,9 +74,23 @@ def false_alarms(probability: NDArray[np.float32], chips: Chips, threshold: floa
 
 def write_card(checkpoint: Checkpoint, figures: dict[str, Any]) -> Checkpoint:
     """Store the figures in the recipe and the card beside the weights."""
-    recipe = replace(checkpoint.recipe, metrics=checkpoint.recipe.metrics | {"validation": figures})
-    (checkpoint.path / "README.md").write_text(render(recipe))
-    return save(checkpoint.path, checkpoint.network(), recipe)
+    return rewrite(
+        checkpoint, replace(checkpoint.recipe, metrics=checkpoint.recipe.metrics | {"validation": figures})
+    )
+
+
+def rewrite(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
+    """The checkpoint with another recipe, and a card of it where there are figures for one; the same weights.
+
+    Raises InputError when the weights' bytes change.
+    """
+    before = (checkpoint.path / WEIGHTS).read_bytes()
+    if "validation" in recipe.metrics:
+        (checkpoint.path / "README.md").write_text(render(recipe))
+    written = save(checkpoint.path, checkpoint.network(), recipe)
+    if (checkpoint.path / WEIGHTS).read_bytes() != before:
+        raise InputError(f"the weights of {checkpoint.path} have changed by being written again: restore them")
+    return written
 
 
 def render(recipe: Recipe) -> str:

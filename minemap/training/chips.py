@@ -200,7 +200,9 @@ def draw_blocks(chips: Chips, share: float, seed: int) -> NDArray[np.bool_]:
 
 
 def keep_bands(chips: Chips, bands: tuple[str, ...]) -> Chips:
-    """The same chips, or pairs, with every other band absent."""
+    """The same chips, or pairs, with every other band absent. Raises InputError."""
+    if unknown := sorted(set(bands) - set(BANDS)):
+        raise InputError(f"bands {unknown[0]!r}: choose among {', '.join(BANDS)}")
     image = chips.image.copy()
     image[:, [i for i in range(image.shape[1]) if BANDS[i % len(BANDS)] not in bands]] = np.nan
     return replace(chips, image=image)

@@ -6,10 +6,10 @@ import argparse
 import json
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_origin
 
 from minemap.errors import InputError
-from minemap.training.config import TrainConfig, make_config, option_types, read_config
+from minemap.training.config import TrainConfig, make_config, option_types, read_values
 
 KINDS = ("teacher", "student", "baseline", "change")
 # What each baseline is: a network by name, or FPN with another way to keep what the teacher knew.
@@ -50,12 +50,16 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "kind", choices=KINDS, help="teacher (coarse labels), student (MineC2FNet), baseline or change"
     )
-    parser.add_argument("--chips", nargs="+", required=True, metavar="FILE", help="chips (.zarr or .npz)")
+    parser.add_argument(
+        "--chips", nargs="+", action="extend", required=True, metavar="FILE", help="chips (.zarr or .npz)"
+    )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the run; an interrupted one goes on")
     parser.add_argument("--teacher", metavar="PATH", help="the teacher's checkpoint")
     parser.add_argument("--name", default="fpn", choices=sorted(BASELINES), help="which baseline (default fpn)")
-    parser.add_argument("--config", metavar="FILE", help="training options as JSON")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="single training options")
+    parser.add_argument("--config", metavar="FILE", help="training options as JSON: fields of TrainConfig")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="single training options"
+    )
     parser.add_argument("--json", action="store_true", help="print the scores as JSON")
 
 
@@ -79,9 +83,10 @@ def train_config(args: argparse.Namespace) -> TrainConfig:
         "baseline": BASELINES[args.name],
         "change": CHANGE | {"start": DEFAULT_MODEL},
     }
-    values = {"out": args.out, "data": list(args.chips), "teacher": args.teacher, **kinds[args.kind]}
+    values = kinds[args.kind] | ({} if args.config is None else read_values(args.config))
     values |= dict(_assignment(text) for text in args.set)
-    config = make_config(values) if args.config is None else read_config(args.config, **values)
+    given = {"out": args.out, "data": list(args.chips), "teacher": args.teacher}
+    config = make_config(values | {key: value for key, value in given.items() if value is not None})
     learns = config.gated_fusion or config.selection != "none"
     needs = learns if args.kind == "student" else args.kind == "baseline" and args.name in NEED_TEACHER
     if needs and config.teacher is None:
@@ -91,13 +96,19 @@ def train_config(args: argparse.Namespace) -> TrainConfig:
 
 def _assignment(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
-    if not equals or key not in option_types():
+    if not equals:
         raise InputError(f"--set {text!r}: give KEY=VALUE with a training option, as in epochs=20")
+    if get_origin(option_types().get(key)) is tuple and not value.startswith("["):
+        return key, [_parsed(part) for part in value.split(",") if part]
+    return key, _parsed(value)
+
+
+def _parsed(text: str) -> Any:
+    """JSON, else a word."""
     try:
-        parsed = json.loads(value)
+        return json.loads(text)
     except ValueError:
-        parsed = value.split(",") if option_types()[key] == tuple[str, ...] else value
-    return key, parsed
+        return text
 
 
 def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:

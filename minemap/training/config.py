@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
+from minemap.checkpoint import DERIVED
 from minemap.errors import InputError
 from minemap.sentinel2 import BANDS
 
@@ -91,6 +92,9 @@ class TrainConfig:
     quiet: bool = True
 
     def __post_init__(self) -> None:
+        for key, kind in option_types().items():
+            if not _is(value := getattr(self, key), kind):
+                raise InputError(f"training option {key}={value!r} is no {getattr(kind, '__name__', kind)}")
         checks = {
             "rows": self.rows in ("all", "fine", "rest"),
             "coarse": self.coarse in ("none", "fitted", "blobs"),
@@ -102,6 +106,7 @@ class TrainConfig:
             "epochs": self.epochs > 0,
             "batch": self.batch > 1,
             "holdout": 0 <= self.holdout < 1,
+            "derived": set(self.derived) <= set(DERIVED),
             "blend": not (self.blend and self.architecture == "minenetcd"),  # would mix a pair's two orders
         }
         wrong = [key for key, good in checks.items() if not good]
@@ -109,12 +114,31 @@ class TrainConfig:
             raise InputError(f"training option {wrong[0]}={getattr(self, wrong[0])!r} is not possible")
 
 
+def _is(value: Any, kind: Any) -> bool:
+    """Whether a value is of an option's type; whole numbers are numbers too, truth values are not."""
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_is(one, get_args(kind)[0]) for one in value)
+    if get_args(kind):
+        return any(_is(value, one) for one in get_args(kind))
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
 def read_config(path: str | Path, **changes: Any) -> TrainConfig:
     """A configuration from JSON, with some values changed."""
+    return make_config(read_values(path) | changes)
+
+
+def read_values(path: str | Path) -> dict[str, Any]:
+    """The options in a JSON file. Raises InputError."""
     try:
-        return make_config(json.loads(Path(path).read_text()) | changes)
+        found = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read as a training configuration: {error}") from error
+    if not isinstance(found, dict):
+        raise InputError(f'{path} holds no object of training options, as in {{"epochs": 20}}')
+    return found
 
 
 def make_config(values: dict[str, Any]) -> TrainConfig:

@@ -47,11 +47,13 @@ STATE, LOG, MODEL = "state.pt", "metrics.jsonl", "model"
 def train(config: TrainConfig) -> Checkpoint:
     """Train one network and return its best checkpoint, in `out/model`; goes on where a killed run stopped."""
     out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
+    if out.exists() and not out.is_dir():
+        raise InputError(f"output {out} is a file: give the name of a folder")
     _prepare_torch(config)
 
     # Data
     sets, holdout = load_sets(config)
+    out.mkdir(parents=True, exist_ok=True)
     samples = config.epoch_samples or sum(len(s) for s in sets)
     steps = max(1, samples // config.batch)
 
@@ -390,6 +392,8 @@ def _trim_log(out: Path, epoch: int) -> None:
 
 
 def _prepare_torch(config: TrainConfig) -> None:
+    if config.device != "cpu" and not (config.device.startswith("cuda") and torch.cuda.is_available()):
+        raise InputError(f"device {config.device!r} is not here: give cpu, or cuda where torch finds a GPU")
     torch.set_num_threads(config.threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
     keep_freed_memory(2**30, 2**31 - 1)

@@ -1,0 +1,84 @@
+"""Chooses a model's threshold on chips that the network which answers for them has not seen.
+
+A tenth of the blocks are few chips, and how much of them is mine is chance: the area-unbiased threshold of such a
+draw has wide bounds. So the same recipe is trained again with other blocks held out (`holdout_seed`), each network
+answers for its own, and the answers are pooled (cross-fitting: Stone 1974, Journal of the Royal Statistical Society
+B 36:111-147). `python -m minemap.training.threshold MODEL OTHER... --chips mines6/chips.npz` writes the threshold
+into MODEL's recipe; the weights are not touched. Card and errors of areas are to be measured again afterwards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from minemap.checkpoint import Checkpoint, load_model
+from minemap.errors import InputError
+from minemap.training import metrics
+from minemap.training.card import rewrite
+from minemap.training.chips import Chips, draw_blocks, load_chips
+from minemap.training.evaluate import predict_chips
+
+RULE = "mapped area equals true area on {} held-out chips of the training split, those of {} trainings together"
+SAMPLES = 200  # draws of blocks for the bounds
+
+
+def held_out(checkpoint: Checkpoint, chips: Chips) -> Chips:
+    """The rows of `chips` that the training of a checkpoint kept apart. Raises InputError."""
+    told = checkpoint.recipe.training
+    if not told.get("holdout"):
+        raise InputError(f"model {checkpoint.path} held nothing out of its training")
+    own = chips.split(told["split"]).decided()
+    return own.where(draw_blocks(own, told["holdout"], told["holdout_seed"]))
+
+
+def bounds(probability: NDArray[np.float32], mask: NDArray[np.uint8], block: NDArray[np.str_]) -> tuple[float, float]:
+    """5 and 95 % of the area-unbiased thresholds of blocks drawn again. Arrays: (n, y, x), (n, y, x), (n,)."""
+    rng, names = np.random.default_rng(0), np.unique(block)
+    rows = [np.flatnonzero(block == name) for name in names]
+    found = []
+    for _ in range(SAMPLES):
+        drawn = np.concatenate([rows[i] for i in rng.integers(len(names), size=len(names))])
+        found.append(metrics.area_unbiased_threshold(probability[drawn], mask[drawn]))
+    low, high = np.percentile(found, [5, 95])
+    return float(low), float(high)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Choose a model's threshold on the held-out chips of several trainings and keep it in its recipe."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("model")
+    parser.add_argument("others", nargs="*", help="models of the same recipe with another holdout_seed")
+    parser.add_argument("--chips", required=True, help="mines6/chips.npz")
+    parser.add_argument("--dry-run", action="store_true", help="measure only")
+    args = parser.parse_args(arguments)
+    chips = load_chips(args.chips)
+    models = [load_model(name) for name in (args.model, *args.others)]
+    held = [held_out(model, chips) for model in models]
+    answers = [
+        predict_chips(model.network().to(memory_format=torch.channels_last), model.recipe, own, precision="bf16")
+        for model, own in zip(models, held, strict=True)
+    ]
+    probability, mask = np.concatenate(answers), np.concatenate([own.mask for own in held])
+    threshold = round(metrics.area_unbiased_threshold(probability, mask), 3)
+    told = {
+        "threshold": threshold,
+        "bounds": bounds(probability, mask, np.concatenate([own.column("block") for own in held])),
+        "each": [metrics.area_unbiased_threshold(p, own.mask) for p, own in zip(answers, held, strict=True)],
+        "scores": metrics.report(probability, mask, threshold),
+    }
+    print(json.dumps(told, indent=1))
+    if not args.dry_run:
+        rule = RULE.format(len(mask), len(models))
+        scores = models[0].recipe.metrics | {"holdout": told["scores"]}
+        recipe = replace(models[0].recipe, threshold=threshold, threshold_rule=rule, area_model=None, metrics=scores)
+        print(rewrite(models[0], recipe).sha256)
+
+
+if __name__ == "__main__":
+    main()
