@@ -26,7 +26,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser().parse_args(words)
     warnings.showwarning = _one_line  # type: ignore[assignment]
     try:
-        return arguments.run(arguments) or 0
+        status = arguments.run(arguments) or 0
+        sys.stdout.flush()  # here, where a reader that has gone can still be told from a failure
+        return status
     except KeyboardInterrupt:
         again = " without --overwrite" if getattr(arguments, "overwrite", False) else ""
         print(f"minemap: interrupted; the same command{again} goes on from here", file=sys.stderr)

@@ -238,6 +238,7 @@ def test_no_items_and_nothing_observed(land, tmp_path):
     _, items, polygons, _ = land
     with pytest.raises(NoItemsError, match="no items in"):
         make_chips(polygons, "2019", tmp_path / "chips.zarr", stac=items, rule=FINE)
+    assert not list(tmp_path.iterdir())
     with pytest.raises(NoItemsError, match=r"none of \d+ chips was observed .* --min-clear \(it is 30\)"):
         make_chips(polygons, "2023", tmp_path / "chips.zarr", stac=items, rule=FINE, min_clear=30)
     assert not (tmp_path / "chips.zarr").exists()

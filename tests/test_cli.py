@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -180,3 +181,24 @@ def test_readme_names_every_command_and_option():
         for action in command._actions:
             for option in action.option_strings:
                 assert option in ("-h", "--help") or option in readme, (name, option)
+
+
+def test_a_reader_that_has_gone_is_no_failure():
+    there, here = os.pipe()
+    os.close(there)
+    words = [sys.executable, "-m", "minemap", "models"]
+    done = subprocess.run(words, stdout=here, stderr=subprocess.PIPE, check=False)
+    os.close(here)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"), [((), "goes on from here"), (("--overwrite",), "without --overwrite goes")]
+)
+def test_what_an_interrupted_command_says(words, said, minemap, monkeypatch, tmp_path):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("minemap.mapping.map_area", interrupted)
+    done = minemap("map", "--bbox", *BOX, "--date", "2023", "--out", tmp_path / "m.zarr", *words)
+    assert done.returncode == 130 and said in done.stderr

@@ -272,7 +272,12 @@ def make_chips(
     with target.locked():
         parameters = _parameters(polygons, layer, when, where, sensor, how, o)
         _begin(target, parameters, overwrite=o.overwrite)
-        _freeze(target, places, where, when, o)
+        try:
+            _freeze(target, places, where, when, o)
+        except NoItemsError:
+            if not any(target.meta.glob("chips/*.npz")):
+                shutil.rmtree(target.meta, ignore_errors=True)
+            raise
         reading = Reading(target, when, BANDS, _composite_rule(o), Access.of(where), o.reader)
         for done, place in enumerate(places):
             if progress:
