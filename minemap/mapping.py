@@ -217,7 +217,8 @@ class Plan:
         """Super-tiles that the run will find done, with their records. A refresh may make some of them again."""
         if self.store is None or self.options.overwrite or not self.store.exists():
             return {}
-        records = {work: self.store.record(work.tile, self.period) for work in self.work}
+        store = self.store.bound()
+        records = {work: store.record(work.tile, self.period) for work in self.work}
         return {work: r for work, r in records.items() if r is not None and _done(r, work)}
 
     @cached_property
