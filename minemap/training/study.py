@@ -213,12 +213,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("action", choices=("run", "table"))
     parser.add_argument("--chips", help="mines6/chips.npz")
     parser.add_argument("--out", type=Path, default=Path("runs/study"))
-    parser.add_argument("--draws", type=int, default=5)
+    parser.add_argument("--draws", type=int, default=5, help="of blocks, the first so many")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     args = parser.parse_args(arguments)
     if args.action == "run":
         run(args.chips, args.out, draws=args.draws, methods=args.methods)
-    print(tables(read(args.out)))
+    print(tables([row for row in read(args.out) if row["draw"] < args.draws]))
 
 
 if __name__ == "__main__":
