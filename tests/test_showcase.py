@@ -6,9 +6,11 @@ import csv
 import json
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
+import zarr
 
 from minemap.checkpoint import load_model
 from minemap.errors import InputError
@@ -87,10 +89,18 @@ def test_windows_leave_no_steps():
     assert steps(scenes[:2], side_by_side) > 2  # the measure finds them where there are some
 
 
+def test_the_demo_runs_again_in_its_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert run_demo(Path("demo"), seed=SEED, size=256)["super_tiles_computed"] == 1
+
+
 def test_a_map_of_the_users_is_left_alone(tmp_path, made):
-    out = tmp_path / "mine"
-    shutil.copytree(made[0] / "map.zarr", out / "map.zarr")  # its scene lies elsewhere
-    before = sorted(p.stat().st_mtime_ns for p in (out / "map.zarr").rglob("*"))
+    path = tmp_path / "mine" / "map.zarr"
+    shutil.copytree(made[0] / "map.zarr", path)
+    zarr.open_group(path, mode="r+").attrs["stac"] = "earth-search"
+    before = sorted(p.stat().st_mtime_ns for p in path.rglob("*"))
     with pytest.raises(InputError, match="is a map, and not the demo's: choose another --out"):
-        run_demo(out, seed=SEED, size=256)
-    assert sorted(p.stat().st_mtime_ns for p in (out / "map.zarr").rglob("*")) == before
+        run_demo(path.parent, seed=SEED, size=256)
+    assert sorted(p.stat().st_mtime_ns for p in path.rglob("*")) == before
+    assert [p.name for p in path.parent.iterdir()] == ["map.zarr"]

@@ -21,7 +21,7 @@ from minemap.errors import InputError
 from minemap.sentinel2 import BANDS
 from minemap.training import commands, continual, loop, metrics
 from minemap.training.chips import load_chips
-from minemap.training.config import TrainConfig, make_config, read_config
+from minemap.training.config import TrainConfig, make_config, read_values
 from minemap.training.evaluate import MARGIN, QUICK, evaluate, padding, predict_chips, predict_mosaics
 from minemap.training.loop import STATE, load_sets, make_recipe, rate, start_network, train
 
@@ -280,7 +280,7 @@ def test_what_cannot_be_trained_leaves_nothing(chips: str, tmp_path: Path) -> No
 def test_unknown_options_are_refused(tmp_path: Path) -> None:
     (tmp_path / "c.json").write_text('{"surprise": 1}')
     with pytest.raises(InputError, match="surprise"):
-        read_config(tmp_path / "c.json", out="o")
+        make_config(read_values(tmp_path / "c.json") | {"out": "o"})
 
 
 def test_evaluate_command_prints_json(chips: str, teacher: str, capsys: pytest.CaptureFixture[str]) -> None:

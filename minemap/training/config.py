@@ -125,11 +125,6 @@ def _is(value: Any, kind: Any) -> bool:
     return isinstance(value, (int, float) if kind is float else kind)
 
 
-def read_config(path: str | Path, **changes: Any) -> TrainConfig:
-    """A configuration from JSON, with some values changed."""
-    return make_config(read_values(path) | changes)
-
-
 def read_values(path: str | Path) -> dict[str, Any]:
     """The options in a JSON file. Raises InputError."""
     try:
