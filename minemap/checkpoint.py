@@ -234,12 +234,15 @@ def save(folder: str | Path, network: torch.nn.Module, recipe: Recipe) -> Checkp
 
 
 def _replace(draft: Path, folder: Path) -> None:
-    for kept in folder.glob("*.md"):  # the card, written by hand
+    for kept in folder.glob("*.md"):  # the card
         shutil.copy2(kept, draft)
     draft.chmod(0o755)  # mkdtemp gives it to its owner only, safetensors the file
     (draft / WEIGHTS).chmod(0o644)
-    shutil.rmtree(folder, ignore_errors=True)
+    old = draft.with_name(f"{draft.name}-old")
+    if folder.exists():
+        folder.rename(old)
     draft.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _compact(tensor: torch.Tensor) -> torch.Tensor:

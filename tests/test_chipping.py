@@ -18,7 +18,7 @@ from minemap import map_area
 from minemap.demo import DemoConfig, make_demo
 from minemap.errors import InputError, NoItemsError, StoreError
 from minemap.sentinel2 import BANDS
-from minemap.training.chipping import ChipRule, make_chips
+from minemap.training.chipping import ChipRule, blocks, make_chips, mine_places, name_of, read_ground, splits
 from minemap.training.chips import check_leakage, load_chips
 
 FINE = ChipRule(size=64, min_area=0, val=0.3)
@@ -102,10 +102,17 @@ def test_every_mined_pixel_that_is_seen_is_in_one_chip(made, land):
         assert mined == truth
 
 
-def test_negatives_hold_no_mine(made):
-    chips = load_chips(made[0])
-    without = ~(chips.mask == 1).any(axis=(1, 2))
-    assert 0 < without.sum() <= 12 + made[1]["chips"] - made[1]["with_mine"]
+def test_negatives_hold_no_mine(made, land):
+    asked = {name_of(place) for place in mine_places(read_ground(land[2], None, 0), 64, 10.0)}
+    data = xr.open_zarr(made[0], consolidated=False)
+    negatives = [
+        row
+        for row in (data.isel(sample=n) for n in range(data.sizes["sample"]))
+        if str(row.place.values) not in asked
+    ]
+    assert 0 < len(negatives) <= 12
+    for row in negatives:
+        assert not (row["mask"].values == 1).any() and not (truth_of(land[3], row) == 1).any()
 
 
 def test_training_sees_the_pixels_that_maps_see(made, land, model, tmp_path):
@@ -255,12 +262,25 @@ def test_a_band_that_no_item_has_is_absent(land, tmp_path):
     assert np.isnan(image[:, BANDS.index("swir22")]).all() and np.isfinite(image[:, 0]).any()
 
 
+@pytest.mark.parametrize(("lon", "lat"), [(-60.0, 5.0), (-60.0, -5.0), (-57.0, 0.0), (179.99, 10.0)])
+def test_mines_at_the_edge_of_a_zone_are_in_chips(tmp_path, lon, lat):
+    """Mines beside the edge and across it: each pixel is in the window of the zone that owns it."""
+    along, across = np.meshgrid(0.012 * np.arange(-4, 5), (-0.006, 0.001, 0.006) if lon < 179 else (-0.006, 0.001))
+    x, y = (lon + across, lat + along) if lat else (lon + along, lat + across)
+    squares = [shapely.box(a - 0.004, b - 0.004, a + 0.004, b + 0.004) for a, b in zip(x.flat, y.flat, strict=True)]
+    geopandas.GeoDataFrame(geometry=squares, crs=4326).to_file(tmp_path / "mines.gpkg")
+    ground = read_ground(tmp_path / "mines.gpkg", None, 0)
+    places = mine_places(ground, 256, 10.0)
+    mined = sum((ground.zones[p.epsg].mask(p) & p.owned()).sum() for p in places) * 1e-4
+    geod = Geod(ellps="WGS84")
+    true = sum(abs(geod.geometry_area_perimeter(g)[0]) for g in shapely.get_parts(shapely.union_all(squares))) / 1e6
+    assert mined == pytest.approx(true, rel=0.01)
+
+
 # --- the real polygons ------------------------------------------------------------------------------------------
 
 
 def test_real_polygons_give_windows_in_many_zones(shared):
-    from minemap.training.chipping import blocks, mine_places, read_ground, splits
-
     file = shared / "mine_polygons" / "coarse_and_validated_116_tiles.gpkg"
     with pytest.raises(InputError, match="3 layers: name one of tiles, polygons_original, polygons_annotated"):
         read_ground(file, None, 9.8)

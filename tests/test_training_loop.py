@@ -16,10 +16,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minemap.checkpoint import load_model
+from minemap.checkpoint import Checkpoint, load_model
 from minemap.errors import InputError
 from minemap.sentinel2 import BANDS
-from minemap.training import commands, continual, loop, metrics
+from minemap.training import commands, continual, metrics
 from minemap.training.chips import load_chips
 from minemap.training.config import TrainConfig, make_config, read_values
 from minemap.training.evaluate import MARGIN, QUICK, evaluate, padding, predict_chips, predict_mosaics
@@ -52,7 +52,9 @@ def _config(chips: str, out: Path, **changes: object) -> TrainConfig:
 
 
 def test_it_learns(chips: str, tmp_path: Path) -> None:
-    config = _config(chips, tmp_path, architecture="fpn", epochs=8, warmup=1, affine=0.0)
+    config = _config(
+        chips, tmp_path, architecture="fpn", encoder="resnet18", epochs=6, epoch_samples=40, warmup=1, affine=0.0
+    )
     checkpoint = train(config)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
@@ -118,7 +120,7 @@ def test_killed_and_resumed_equals_never_killed(chips: str, teacher: str, tmp_pa
         time.sleep(0.02)
     time.sleep(np.random.default_rng().uniform(0, 0.5))
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    assert process.wait() == -signal.SIGKILL  # it was not done yet
     subprocess.run(command, check=True)
     assert log.read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
     killed = load_model(tmp_path / "killed" / "model")
@@ -320,16 +322,32 @@ def test_what_goes_on_from_a_network_has_its_encoder(chips: str, tmp_path: Path)
     assert tuned.recipe.options["encoder_name"] == "resnet18"
 
 
-@pytest.mark.parametrize("keep", ["best", "last"])
-def test_the_epoch_that_is_kept(chips: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: str) -> None:
-    scores = iter([{"miou": 30.0}, {"miou": 50.0}, {"miou": 40.0}])
-    monkeypatch.setattr(loop, "validate", lambda *_: next(scores))
-    kept = train(_config(chips, tmp_path, architecture="fpn", epochs=3, epoch_samples=4, keep=keep)).network()
-    stored = torch.load(tmp_path / STATE, weights_only=True)
-    same = [torch.equal(value.half(), stored["network"][key].half()) for key, value in kept.state_dict().items()]
-    assert all(same) == (keep == "last")
+def _ends_as(checkpoint: Checkpoint, run: Path) -> bool:
+    """Whether a checkpoint holds the weights with which a run ended."""
+    stored = torch.load(run / STATE, weights_only=True)["network"]
+    kept = checkpoint.network().state_dict()
+    return all(torch.equal(value.half(), stored[key].half()) for key, value in kept.items())
 
 
-def test_state_is_never_half_written(chips: str, tmp_path: Path) -> None:
+def test_the_epoch_that_is_kept(chips: str, tmp_path: Path) -> None:
+    options = {"architecture": "fpn", "encoder": "resnet18", "epoch_samples": 4, "patience": 9}
+    best = train(_config(chips, tmp_path / "best", epochs=4, **options))
+    rows = [json.loads(line) for line in (tmp_path / "best" / "metrics.jsonl").read_text().splitlines()]
+    epochs = 1 + int(np.argmax([row["miou"] for row in rows]))
+    train(_config(chips, tmp_path / "short", epochs=epochs, **options))  # the same, ended there
+    assert _ends_as(best, tmp_path / "short")
+    last = train(_config(chips, tmp_path / "last", epochs=4, keep="last", schedule="cosine", **options))
+    assert _ends_as(last, tmp_path / "last")
+
+
+def test_a_plateau_halves_the_rate_and_ends_the_run(chips: str, tmp_path: Path) -> None:
+    options = {"architecture": "fpn", "encoder": "resnet18", "epoch_samples": 4, "epochs": 30}
+    train(_config(chips, tmp_path, learning_rate=0.0, warmup=0, patience=2, stop=5, ema=0.99999, **options))
+    state = torch.load(tmp_path / STATE, weights_only=True)["state"]
+    assert state["best_epoch"] == 0 and state["epoch"] == 6  # five epochs without a better one
+    assert state["factor"] == 0.25  # after two of them, and two more
+
+
+def test_a_run_leaves_no_drafts(chips: str, tmp_path: Path) -> None:
     train(_config(chips, tmp_path, architecture="fpn", epochs=1, epoch_samples=4))
     assert not list(tmp_path.glob(".*"))

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from minemap.errors import InputError
 from minemap.training import card, study
 from minemap.training.chips import Chips
 from minemap.training.config import make_config
@@ -59,10 +60,12 @@ def test_bootstrap_interval_covers_the_difference(rows: list[dict]) -> None:
 
 
 def test_finished_runs_are_skipped(tmp_path: Path) -> None:
-    lines = [json.dumps({"draw": 0, "method": m}) for m in ("fpn_coarse", "fpn_fine")]
+    lines = [json.dumps({"draw": 0, "method": m, "coarse": "blobs"}) for m in ("fpn_coarse", "fpn_fine")]
     (tmp_path / study.RESULTS).write_text("\n".join(lines) + "\n")
-    study.run("absent.npz", tmp_path, draws=1, methods=["fpn_fine"])
+    study.run("absent.npz", tmp_path, draws=1, methods=["fpn_fine"], coarse="blobs")
     assert len(study.read(tmp_path)) == 2
+    with pytest.raises(InputError, match="coarse labels blobs, not fitted"):
+        study.run("absent.npz", tmp_path, draws=1, methods=["fpn_fine"], coarse="fitted")
 
 
 @pytest.mark.parametrize("method", study.METHODS)

@@ -70,7 +70,7 @@ def test_networks_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 
 def test_packaged_weights_are_taken_with_bands_in_our_order() -> None:
     network = models.build("fpn", in_channels=6, encoder_name=ENCODER)
-    encoders.load_packaged(network.encoder, ENCODER)
+    encoders.load_imagenet(network.encoder, ENCODER, BANDS)
     origin = importlib.util.find_spec(encoders.PACKAGED[ENCODER]).origin
     (file,) = Path(origin).parent.glob("models/*.pth")
     stored = torch.load(file, weights_only=True)
@@ -78,6 +78,9 @@ def test_packaged_weights_are_taken_with_bands_in_our_order() -> None:
     for ours, theirs in ((0, 2), (1, 1), (2, 0)):  # blue, green, red of red, green, blue
         assert torch.equal(stem[:, ours], stored["_conv_stem.weight"][:, theirs])
     torch.testing.assert_close(stem[:, 3:], (stem[:, :3].mean(dim=1, keepdim=True) / 4).expand(-1, 3, -1, -1))
+    few = models.build("fpn", in_channels=3, encoder_name=ENCODER).encoder
+    encoders.load_imagenet(few, ENCODER, ("nir", "red", "ndvi"))  # by name, not by place
+    assert torch.equal(few.model.conv_stem.weight, stem[:, [3, 2, 3]])
     last = network.encoder.model.blocks[6][0].bn3
     assert torch.equal(last.running_var, stored["_blocks.15._bn2.running_var"])
 
@@ -89,7 +92,7 @@ def test_training_starts_from_packaged_weights_when_asked() -> None:
     )
     network = start_network(config, make_recipe(config), None)
     expected = models.build("fpn", in_channels=3, encoder_name=ENCODER).encoder
-    encoders.load_packaged(expected, ENCODER)
+    encoders.load_imagenet(expected, ENCODER, BANDS[:3])
     assert all(torch.equal(a, b) for a, b in zip(network.encoder.parameters(), expected.parameters(), strict=True))
 
 
@@ -98,7 +101,7 @@ def test_a_fresh_student_starts_from_packaged_weights_beside_its_teacher(tmp_pat
     config = make_config({"out": str(tmp_path), "encoder": ENCODER, "imagenet": True, "fresh": True})
     student = start_network(config, make_recipe(config), teacher)
     expected = models.build("fpn", in_channels=6, encoder_name=ENCODER).encoder
-    encoders.load_packaged(expected, ENCODER)
+    encoders.load_imagenet(expected, ENCODER, BANDS)
     for ours, theirs in ((student.encoder, expected), (student.teacher_encoder, teacher.encoder)):
         assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
 
@@ -109,7 +112,7 @@ def test_every_network_starts_from_imagenet(tmp_path: Path, architecture: str) -
     config = make_config({"out": str(tmp_path), **options})
     network = start_network(config, make_recipe(config), None)
     expected = models.build("fpn", in_channels=6, encoder_name=ENCODER).encoder
-    encoders.load_packaged(expected, ENCODER)
+    encoders.load_imagenet(expected, ENCODER, BANDS)
     for encoder in (network.encoder, getattr(network, "teacher_encoder", expected)):
         assert all(torch.equal(a, b) for a, b in zip(encoder.parameters(), expected.parameters(), strict=True))
 
@@ -130,4 +133,4 @@ def test_an_encoder_that_does_not_exist(tmp_path: Path, name: str) -> None:
 def test_a_package_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(encoders.PACKAGED, ENCODER, "no_such_package")
     with pytest.raises(InputError, match=r"no_such_package: install minemap\[imagenet\]"):
-        encoders.load_packaged(None, ENCODER)
+        encoders.load_imagenet(None, ENCODER, BANDS)

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from minemap.checkpoint import Checkpoint, load_model
@@ -164,8 +163,7 @@ def main(arguments: list[str] | None = None) -> None:
     checkpoint, held_out = load_model(args.model), chips.split(args.split)
     check_leakage(held_out, chips.where(chips.column("split") != args.split))
     recipe = checkpoint.recipe
-    network = checkpoint.network().to(memory_format=torch.channels_last)  # several times as fast
-    chance = predict_chips(network, recipe, held_out, precision="bf16")
+    chance = predict_chips(checkpoint.network(), recipe, held_out, precision="bf16")
     model = build(blocks_of(chance, held_out, recipe.resolution), held_out, recipe.threshold)
     print(json.dumps(asdict(model), indent=1))
     if not args.dry_run:

@@ -8,7 +8,7 @@ are reflected or absent, both of which occur in maps; their mask is 255 in eithe
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -63,7 +63,7 @@ def _draw(sets: list[Chips], config: TrainConfig, rng: Generator) -> list[Window
     large = [s for s in sets if s.image.shape[-1] > config.scene]
     small = [s for s in sets if s.image.shape[-1] <= config.scene] or large
     if size < config.scene:
-        return [_from_chip(small, size, config, rng) for _ in range(count)]
+        return [_from_chip(sets, size, config, rng) for _ in range(count)]
     return [_scene(small, large, size, config, rng) for _ in range(count)]
 
 
@@ -121,14 +121,21 @@ def place(image: NDArray[np.float32], mask: NDArray[np.uint8], size: int, rng: G
 
 def _scatter(sets: list[Chips], size: int, config: TrainConfig, rng: Generator) -> Window:
     """Small chips on a grid of cells, some cells empty: a large window of which little was observed."""
-    n = max(2, size // config.scatter_cell) if config.scatter_cell else 2
+    n = config.cells(size)
     filled = rng.uniform(0.1, 1.0)
     cells = [_from_chip(sets, size // n, config, rng) for _ in range(n * n)]
     keep = rng.random(n * n) < filled
     keep[rng.integers(n * n)] = True
-    cells = [cell if k else _empty(cell) for cell, k in zip(cells, keep, strict=True)]
+    cells = [_apart(cell) if k else _empty(cell) for cell, k in zip(cells, keep, strict=True)]
     grid = lambda key: _mosaic([getattr(c, key) for c in cells], n)  # noqa: E731
     return Window(grid("image"), grid("mask"), grid("inside"))
+
+
+def _apart(cell: Window) -> Window:
+    """Its first row and column without a label, so that no loss of an outline sees two chips as one."""
+    mask = cell.mask.copy()
+    mask[0], mask[:, 0] = IGNORE, IGNORE
+    return replace(cell, mask=mask)
 
 
 def _empty(cell: Window) -> Window:
@@ -149,11 +156,12 @@ def _affine(
         return image, mask, inside
     grid = F.affine_grid(_matrices(len(chosen), rng), list(image[chosen].shape), align_corners=False)
     image[chosen] = F.grid_sample(image[chosen], grid, padding_mode="reflection", align_corners=False)
-    labels = torch.from_numpy(np.stack([mask[chosen], inside[chosen]], axis=1) + np.uint8(1)).float()
+    labels = torch.from_numpy(np.stack([mask[chosen], inside[chosen]], axis=1)).float() + 1
     labels = F.grid_sample(labels, grid, mode="nearest", align_corners=False)  # 0 = beyond the window
-    found = labels[:, 1].numpy() > 0
-    mask[chosen] = np.where(found, labels[:, 0].numpy() - 1, IGNORE).astype(np.uint8)
-    inside[chosen] = labels[:, 1].numpy() == 2
+    warped, within = labels.unbind(1)
+    seen = image[chosen].isfinite().any(dim=1)  # absent pixels have grown by a ring
+    mask[chosen] = torch.where((within > 0) & seen, warped - 1, IGNORE).numpy().astype(np.uint8)
+    inside[chosen] = ((within == 2) & seen).numpy()
     return image, mask, inside
 
 

@@ -56,6 +56,7 @@ BATCHES = 150  # of the pool
 STEPS = 200
 WARMUP = 20  # steps
 SIDE = 128  # pixels that a chip is padded to when it is judged
+BATCH = 8  # pairs that are judged at a time
 MAPS = "difference of two maps"
 METHODS: dict[str, bool] = {"with ChangeFFT": True, "without ChangeFFT": False}
 DIRECTIONS = {"gain": "0", "loss": "1"}  # column `date` of the pairs
@@ -177,7 +178,8 @@ def predict_both(
     crop = [slice(p[0], p[0] + n) for p, n in zip(pads, pairs.mask.shape[1:], strict=True)]
     found: dict[str, list[NDArray[np.float32]]] = {method: [] for method in networks}
     forward = pairs.where(pairs.column("date") == DIRECTIONS["gain"])
-    for image in padded(forward, recipe, pads):
+    for start in range(0, len(forward), BATCH):
+        image = padded(forward.image[start : start + BATCH], recipe, pads)
         before, after = levels_of(next(iter(networks.values())), image)
         for method, network in networks.items():
             network.eval()

@@ -158,13 +158,13 @@ def name_of(place: Grid) -> str:
 def mine_places(ground: Ground, size: int, resolution: float) -> list[Grid]:
     """The windows with the centre of a pixel in a large polygon, by zone, from north to south and west to east.
 
-    A window belongs to the zone that owns its centre.
+    A zone's windows hold the pixels that it owns; at the edge of two zones some ground is in a window of either.
     """
     found: set[Grid] = set()
     for epsg, labels in ground.zones.items():
         for part in labels.large:
             around = _windows(part.bounds, epsg, size, resolution) if not part.is_empty else ()
-            found.update(w for w in around if w not in found and _owned(w) and inside(w, part).any())
+            found.update(w for w in around if w not in found and (inside(w, part) & w.owned()).any())
     return sorted(found, key=lambda w: (w.epsg, -w.top, w.left))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from dataclasses import replace
 from typing import Any, get_origin
 
@@ -21,7 +22,7 @@ BASELINES: dict[str, dict[str, Any]] = {
     "finetune": {"architecture": "fpn", "selection": "none"},
     "lwf": {"architecture": "fpn", "selection": "standard"},
     "lwm": {"architecture": "fpn", "selection": "standard", "attention": 1.0},
-    "replay": {"architecture": "fpn", "selection": "none", "replay": 0.25},
+    "replay": {"architecture": "fpn", "selection": "none", "replay": 0.25, "rows": "fine"},
 }
 NEED_TEACHER = ("finetune", "lwf", "lwm", "replay")
 TEACHER: dict[str, Any] = {
@@ -87,7 +88,7 @@ def train_config(args: argparse.Namespace) -> TrainConfig:
     values |= dict(_assignment(text) for text in args.set)
     given = {"out": args.out, "data": list(args.chips), "teacher": args.teacher}
     config = make_config(values | {key: value for key, value in given.items() if value is not None})
-    learns = config.gated_fusion or config.selection != "none"
+    learns = (config.gated_fusion and config.start is None) or config.selection != "none"
     needs = learns if args.kind == "student" else args.kind == "baseline" and args.name in NEED_TEACHER
     if needs and config.teacher is None:
         raise InputError(f"training a {args.kind} needs --teacher: train one with `minemap train teacher`")
@@ -137,9 +138,9 @@ def run_evaluate(args: argparse.Namespace) -> None:
         chips = keep_bands(chips, tuple(args.bands.split(",")))
     if not len(chips):
         raise InputError(f"{args.chips}: no chip with a decided pixel, split {args.split!r}")
-    found: dict[str, Any] = evaluation.evaluate(checkpoint, chips, threshold=args.threshold)
-    if args.by:
-        found["by"] = evaluation.evaluate_by(checkpoint, chips, args.by, threshold=args.threshold)
+    if args.split is None and (chips.columns.get("split") == checkpoint.recipe.training.get("split", "")).any():
+        print("minemap: places to learn from are among these chips: --split val leaves them out", file=sys.stderr)
+    found = evaluation.evaluate(checkpoint, chips, by=args.by, threshold=args.threshold)
     _show({"model": checkpoint.recipe.name} | found, as_json=args.json)
 
 

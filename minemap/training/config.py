@@ -72,7 +72,7 @@ class TrainConfig:
     freeze_norm: bool = False  # keep the batch norms' statistics: batches of few large windows would spoil them
 
     sizes: tuple[int, ...] = (64,)  # sides of the windows, one drawn for each batch; `batch` holds for the first
-    scene: int = 128  # side from which a window may be cut from a large chip or show several small ones
+    scene: int = 128  # side from which windows are scenes: several small chips, or cut from chips larger than this
     crops: float = 0.5  # of such windows, the share cut from large chips
     scatter: float = 0.2  # and of the others, the share that shows several small chips
     scatter_cell: int = 0  # side of each one's place in it, pixels; 0: half of the window
@@ -100,18 +100,25 @@ class TrainConfig:
             "coarse": self.coarse in ("none", "fitted", "blobs"),
             "selection": self.selection in ("none", "standard", "image", "pixel", "hybrid"),
             "keep": self.keep in ("best", "last"),
-            "schedule": self.schedule in ("plateau", "cosine"),
+            "schedule": self.schedule == "cosine" or (self.schedule == "plateau" and self.keep == "best"),
             "precision": self.precision in ("bf16", "fp32"),
             "bands": bool(self.bands) and set(self.bands) <= set(BANDS),
             "epochs": self.epochs > 0,
             "batch": self.batch > 1,
             "holdout": 0 <= self.holdout < 1,
+            "sizes": bool(self.sizes) and not any(size % 32 for size in self.sizes),  # the networks' stride
+            "scatter_cell": not any(size % self.cells(size) for size in self.sizes if size >= self.scene),
+            "replay": not self.replay or self.rows == "fine",  # it draws from the others
             "derived": set(self.derived) <= set(DERIVED),
             "blend": not (self.blend and self.architecture == "minenetcd"),  # would mix a pair's two orders
         }
         wrong = [key for key, good in checks.items() if not good]
         if wrong:
             raise InputError(f"training option {wrong[0]}={getattr(self, wrong[0])!r} is not possible")
+
+    def cells(self, size: int) -> int:
+        """Small chips along a side of a scene that shows several."""
+        return max(2, size // self.scatter_cell) if self.scatter_cell else 2
 
 
 def _is(value: Any, kind: Any) -> bool:

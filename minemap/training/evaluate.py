@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +13,7 @@ from torch import nn
 
 from minemap.checkpoint import Checkpoint, Recipe
 from minemap.inference import keep_freed_memory
+from minemap.models.folding import for_inference
 from minemap.training import metrics
 from minemap.training.chips import Chips, normalised
 
@@ -20,43 +23,54 @@ PIXELS = 2**17  # of one batch
 
 
 def evaluate(
-    checkpoint: Checkpoint, chips: Chips, *, threshold: float | None = None, precision: str = "fp32"
-) -> dict[str, float]:
-    """Scores in per cent of a checkpoint on chips (metrics.report), at its own threshold unless one is given."""
+    checkpoint: Checkpoint,
+    chips: Chips,
+    *,
+    by: str | None = None,
+    threshold: float | None = None,
+    precision: str = "fp32",
+) -> dict[str, Any]:
+    """Scores in per cent of a checkpoint on chips (metrics.report), at its own threshold unless one is given.
+
+    by: a column of the chips; "by" then holds the scores for each of its values.
+    """
+    groups = None if by is None else chips.column(by)
     probability = predict_chips(checkpoint.network(), checkpoint.recipe, chips, precision=precision)
     used = checkpoint.recipe.threshold if threshold is None else threshold
-    return metrics.report(probability, chips.mask, used)
-
-
-def evaluate_by(
-    checkpoint: Checkpoint, chips: Chips, column: str, *, threshold: float | None = None
-) -> dict[str, dict[str, float]]:
-    """The same, for each value of one of the chips' columns."""
-    groups = chips.column(column)
-    probability = predict_chips(checkpoint.network(), checkpoint.recipe, chips)
-    used = checkpoint.recipe.threshold if threshold is None else threshold
-    rows = {group: groups == group for group in np.unique(groups).tolist()}
-    return {g: metrics.report(probability[keep], chips.mask[keep], used) for g, keep in rows.items()}
+    found: dict[str, Any] = metrics.report(probability, chips.mask, used)
+    if groups is not None:
+        rows = {group: groups == group for group in np.unique(groups).tolist()}
+        found["by"] = {g: metrics.report(probability[keep], chips.mask[keep], used) for g, keep in rows.items()}
+    return found
 
 
 def predict_chips(
     network: nn.Module, recipe: Recipe, chips: Chips, *, precision: str = "fp32", seen: int | None = None
 ) -> NDArray[np.float32]:
-    """Probability of mine of every pixel, float32 (n, y, x).
+    """Probability of mine of every pixel, float32 (n, y, x). The network itself is left as it is.
 
     seen: side of what the network is shown at least, in pixels; None for a map's window, so that a chip scores as it
     would in a map (what lies around it there is not observed, and filled by reflection too).
     """
     keep_freed_memory()
-    device = next(network.parameters()).device
+    quick = for_inference(copy.deepcopy(network).eval()).to(memory_format=torch.channels_last)
+    device = next(quick.parameters()).device
+    height, width = chips.image.shape[-2:]
     side = recipe.window + 2 * recipe.halo if seen is None else seen
-    pads = [padding(n, recipe.stride, side) for n in chips.image.shape[-2:]]
-    crop = (slice(None), 0, *(slice(p[0], p[0] + n) for p, n in zip(pads, chips.image.shape[-2:], strict=True)))
-    found = []
-    for image in padded(chips, recipe, pads):
+    pads = [padding(n, recipe.stride, side) for n in (height, width)]
+    (top, bottom), (left, right) = pads
+    batch = max(1, PIXELS // ((top + height + bottom) * (left + width + right)))
+
+    def answer(start: int) -> NDArray[np.float32]:
+        x = padded(chips.image[start : start + batch], recipe, pads).to(device, memory_format=torch.channels_last)
         with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            logits = network(image.to(device, memory_format=torch.channels_last))
-        found.append(logits.float().sigmoid().cpu().numpy()[crop])
+            logits = quick(x)
+        return logits.float().sigmoid().cpu().numpy()[:, 0, top : top + height, left : left + width]
+
+    # As in a map, a batch runs on one thread and others beside it
+    streams = torch.get_num_threads() if device.type == "cpu" else 1
+    with ThreadPoolExecutor(streams, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        found = list(pool.map(answer, range(0, len(chips), batch)))
     return np.concatenate(found) if found else np.zeros(chips.mask.shape, np.float32)
 
 
@@ -81,10 +95,6 @@ def padding(size: int, stride: int, seen: int) -> tuple[int, int]:
     return spare // 2, spare - spare // 2
 
 
-def padded(chips: Chips, recipe: Recipe, pads: list[tuple[int, int]]) -> Iterator[torch.Tensor]:
-    """Batches of chips as a network takes them, reflected by `pads` before and after in y and x."""
-    height, width = (n + sum(p) for n, p in zip(chips.image.shape[-2:], pads, strict=True))
-    batch = max(1, PIXELS // (height * width))
-    for start in range(0, len(chips), batch):
-        image = np.pad(chips.image[start : start + batch], [(0, 0), (0, 0), *pads], mode="reflect")
-        yield torch.from_numpy(normalised(image, recipe))
+def padded(image: NDArray[np.float32], recipe: Recipe, pads: list[tuple[int, int]]) -> torch.Tensor:
+    """Chips (n, band, y, x) as a network takes them, reflected by `pads` before and after in y and x."""
+    return torch.from_numpy(normalised(np.pad(image, [(0, 0), (0, 0), *pads], mode="reflect"), recipe))

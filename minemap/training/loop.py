@@ -53,7 +53,6 @@ def train(config: TrainConfig) -> Checkpoint:
 
     # Data
     sets, holdout = load_sets(config)
-    out.mkdir(parents=True, exist_ok=True)
     samples = config.epoch_samples or sum(len(s) for s in sets)
     steps = max(1, samples // config.batch)
 
@@ -69,10 +68,11 @@ def train(config: TrainConfig) -> Checkpoint:
         lr=config.learning_rate,
         weight_decay=config.weight_decay,
     )
+    out.mkdir(parents=True, exist_ok=True)
     state = {"epoch": 0, "best": -1.0, "best_epoch": 0, "since": 0, "factor": 1.0}
     _resume(out, config, state, network, averaged, optimiser)
 
-    while state["epoch"] < config.epochs and not (config.stop and _age(state) > config.stop):
+    while state["epoch"] < config.epochs and not (config.stop and _age(state) >= config.stop):
         # One epoch
         epoch, losses = int(state["epoch"]), []
         _set_training(network, config)
@@ -137,10 +137,11 @@ def _resolution(sets: list[Chips]) -> float:
 
 
 def load_replay(config: TrainConfig, teacher: nn.Module | None, recipe: Recipe) -> list[Chips]:
-    """Coarse chips outside the fine blocks that replay draws from."""
-    if not config.replay or teacher is None:
+    """Chips outside the fine blocks that replay draws from, with labels as coarse as the teacher's were."""
+    if not config.replay or teacher is None or config.teacher is None:
         return []
-    rest = [_rows(path, config, "rest", "blobs") for path in config.data]
+    coarse = load_model(config.teacher).recipe.training["coarse"]
+    rest = [_rows(path, config, "rest", coarse) for path in config.data]
     return [select_replay(chips, teacher, recipe) for chips in rest]
 
 
@@ -186,7 +187,7 @@ def _history(config: TrainConfig) -> dict[str, Any]:
     """The configuration, with the names of the data for their paths and the histories of what it builds on."""
     values = {k: v for k, v in as_json(config).items() if k not in ("out", "quiet", "threads")}
     before = {k: load_model(values[k]).recipe.training for k in ("teacher", "start") if values[k]}
-    return values | {"data": [Path(p).parent.name for p in config.data]} | before
+    return values | {"data": ["/".join(Path(p).resolve().parts[-2:]) for p in config.data]} | before
 
 
 def network_options(config: TrainConfig) -> dict[str, Any]:
@@ -216,7 +217,7 @@ def start_network(config: TrainConfig, recipe: Recipe, teacher: nn.Module | None
     network = models.build(config.architecture, **recipe.options)
     if config.imagenet and config.start is None and (teacher is None or config.fresh):
         name = _encoder(config) or models.BASELINES.get(config.architecture, ("", DEFAULT_ENCODER))[1]
-        load_imagenet(network.encoder, name, recipe.options["in_channels"])
+        load_imagenet(network.encoder, name, (*recipe.bands, *recipe.derived))
     if config.start is not None and isinstance(network, MineNetCD):
         network.start_from(load_model(config.start).network())
     elif config.start is not None:
@@ -234,8 +235,15 @@ def _teacher(config: TrainConfig) -> nn.Module | None:
     if config.teacher is None:
         return None
     checkpoint = load_model(config.teacher)
-    if checkpoint.recipe.architecture != "fpn":
-        raise InputError(f"teacher {config.teacher} is a {checkpoint.recipe.architecture}: it must be an fpn")
+    recipe = checkpoint.recipe
+    if recipe.architecture != "fpn":
+        raise InputError(f"teacher {config.teacher} is a {recipe.architecture}: it must be an fpn")
+    if (recipe.bands, recipe.derived) != (config.bands, config.derived):
+        seen, asked = (", ".join((*c.bands, *c.derived)) for c in (recipe, config))
+        raise InputError(f"teacher {config.teacher} sees {seen}, not {asked}: train one on the same bands")
+    own = recipe.options.get("encoder_name", DEFAULT_ENCODER)
+    if config.start is None and config.encoder not in (None, own):
+        raise InputError(f"encoder {config.encoder} is not the teacher's: leave it out, and {own} is taken")
     return _move(checkpoint.network(), config)
 
 
@@ -253,7 +261,8 @@ def step_loss(network: nn.Module, teacher: Any, image: Tensor, target: Tensor, c
             with torch.no_grad():
                 features = teacher.encoder(image)
                 theirs = teacher.segmentation_head(teacher.decoder(features))
-        logits = network(image, features) if _shares_encoder(network) else network(image)
+        shared = _holds_teacher(network) and config.start is None  # what goes on has a frozen encoder of its own
+        logits = network(image, features) if shared else network(image)
         if teacher is not None and config.attention:
             attention = config.attention * attention_loss(network, teacher, image)
     weights = LossWeights(config.bce, config.dice, config.ssim, config.boundary)
@@ -274,7 +283,7 @@ def _set_training(network: nn.Module, config: TrainConfig) -> None:
             module.eval()
 
 
-def _shares_encoder(network: nn.Module) -> bool:
+def _holds_teacher(network: nn.Module) -> bool:
     return isinstance(network, MineC2FNet) and network.teacher_encoder is not None
 
 
@@ -290,14 +299,11 @@ def rate(config: TrainConfig, factor: float, epoch: float) -> float:
 def validate(network: nn.Module, recipe: Recipe, holdout: list[Chips], config: TrainConfig) -> dict[str, float]:
     """Scores of the holdout, in per cent: the first set's as they are, the others' with their number."""
     found: dict[str, float] = {}
-    was_training = network.training
-    network.eval()
     for i, chips in enumerate(holdout):
         if len(chips):
             probability = predict_chips(network, recipe, chips, precision=config.precision, seen=QUICK)
             report = metrics.report(probability, chips.mask, recipe.threshold)
             found |= {key if i == 0 else f"{key}_{i}": value for key, value in report.items()}
-    network.train(was_training)
     return found
 
 
@@ -310,7 +316,7 @@ def _advance(state: dict[str, Any], config: TrainConfig, *, better: bool, score:
     state["since"] = 0 if better else state["since"] + 1
     if better:
         state["best"], state["best_epoch"] = score, state["epoch"]
-    if state["since"] > config.patience:
+    if state["since"] >= config.patience:
         state["factor"], state["since"] = state["factor"] / 2, 0
     state["epoch"] += 1
 

@@ -2,12 +2,12 @@
 
 `python -m minemap.training.study run` trains every method on the same draws of blocks, one line of results a
 run, and goes on where it stopped; `... table` prints the tables from those lines. The regime: 15 % of the
-training chips (whole blocks) carry fine labels, the rest coarse ones (training/coarse.py, "blobs"). All encoders are
-EfficientNet-Lite0 from ImageNet (the paper's: DenseNet-121 from ImageNet). Every run has its number of epochs and the
-threshold is 0.5, so the fifth of the fine blocks that is kept apart decides nothing (16 to 19 chips cannot). The
-validation split is read once, at the end of a run. Chips are shown reflected to windows of about the size that the
-networks learned from, not to a map's: these runs are short and have seen no large window, and the measure should tell
-methods apart, not how they bear that.
+training chips (whole blocks) carry fine labels, the rest coarse ones (`--coarse`: "blobs" or "fitted" of
+training/coarse.py). All encoders are EfficientNet-Lite0 from ImageNet (the paper's: DenseNet-121 from ImageNet).
+Every run has its number of epochs and the threshold is 0.5, so the fifth of the fine blocks that is kept apart
+decides nothing (16 to 19 chips cannot). The validation split is read once, at the end of a run. Chips are shown
+reflected to windows of about the size that the networks learned from, not to a map's: these runs are short and have
+seen no large window, and the measure should tell methods apart, not how they bear that.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from minemap.errors import InputError
 from minemap.training import metrics
 from minemap.training.chips import load_chips
+from minemap.training.coarse import COARSENINGS
 from minemap.training.config import make_config
 
 RESULTS = "results.jsonl"
@@ -32,6 +34,8 @@ BASE: dict[str, Any] = {
     "fine_share": 0.15,
     "architecture": "fpn",
     "selection": "none",
+    "ssim": 0.0,
+    "boundary": 0.0,
     "batch": 16,
     "epochs": 15,
     "epoch_samples": 256,
@@ -48,21 +52,21 @@ BASE: dict[str, Any] = {
     "threads": 1,  # small runs: two side by side beat one on two cores
 }
 SCRATCH = {"encoder": "tu-tf_efficientnet_lite0", "imagenet": True, "learning_rate": 1e-3, "epochs": 25}
-STUDENT = {"architecture": "minec2fnet", "selection": "hybrid", "distill": 0.3, "ssim": 0.0, "boundary": 0.0}
+STUDENT = {"architecture": "minec2fnet", "selection": "hybrid", "distill": 0.3}
 FEWER = {"fine_share": 0.05}  # a part of the draw's fine blocks; the teacher of the draw has seen none of them
 TEACHER = "fpn_coarse"
 # Method -> what it changes in BASE. Those that name no SCRATCH start from the teacher of their draw.
 METHODS: dict[str, dict[str, Any]] = {
-    TEACHER: {"rows": "rest", "coarse": "blobs", "dice": 0.0, "ssim": 0.0, "boundary": 0.0, **SCRATCH, "epochs": 60},
-    "fpn_fine": {"ssim": 0.0, "boundary": 0.0, **SCRATCH},
-    "fpn_finetune": {"ssim": 0.0, "boundary": 0.0},
+    TEACHER: {"rows": "rest", "dice": 0.0, **SCRATCH, "epochs": 60},
+    "fpn_fine": {**SCRATCH},
+    "fpn_finetune": {},
     "minec2fnet": STUDENT,
-    "lwf": {"selection": "standard", "ssim": 0.0, "boundary": 0.0},
-    "replay": {"replay": 0.25, "ssim": 0.0, "boundary": 0.0},
-    "lwm": {"selection": "standard", "attention": 1.0, "ssim": 0.0, "boundary": 0.0},
+    "lwf": {"selection": "standard"},
+    "replay": {"replay": 0.25},
+    "lwm": {"selection": "standard", "attention": 1.0},
     "minec2fnet_fresh": {**STUDENT, "fresh": True, **SCRATCH},
-    "fewer_fpn_fine": {"ssim": 0.0, "boundary": 0.0, **SCRATCH, **FEWER},
-    "fewer_fpn_finetune": {"ssim": 0.0, "boundary": 0.0, **FEWER},
+    "fewer_fpn_fine": {**SCRATCH, **FEWER},
+    "fewer_fpn_finetune": {**FEWER},
     "fewer_minec2fnet": {**STUDENT, **FEWER},
     "parts_none": {**STUDENT, "gated_fusion": False, "cbam": False, "refinement": False},
     "parts_gf": {**STUDENT, "cbam": False, "refinement": False},
@@ -74,13 +78,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "loss_bce": {**STUDENT, "dice": 0.0},
     "loss_bce_dice_ssim": {**STUDENT, "ssim": 1.0},
     "loss_all": {**STUDENT, "ssim": 1.0, "boundary": 1.0},
-    "bands_rgb": {"bands": ["blue", "green", "red"], "ssim": 0.0, "boundary": 0.0, **SCRATCH},
-    "bands_rgb_nir": {"bands": ["blue", "green", "red", "nir"], "ssim": 0.0, "boundary": 0.0, **SCRATCH},
+    "bands_rgb": {"bands": ["blue", "green", "red"], **SCRATCH},
+    "bands_rgb_nir": {"bands": ["blue", "green", "red", "nir"], **SCRATCH},
     "bands_rgb_nir_ndvi": {
         "bands": ["blue", "green", "red", "nir"],
         "derived": ["ndvi"],
-        "ssim": 0.0,
-        "boundary": 0.0,
         **SCRATCH,
     },
 }
@@ -104,27 +106,30 @@ TABLES = {
 }
 
 
-def run(chips: str, out: Path, *, draws: int, methods: Iterable[str]) -> None:
+def run(chips: str, out: Path, *, draws: int, methods: Iterable[str], coarse: str) -> None:
     """Every method on every draw, the teacher of a draw first; runs that have a line already are skipped."""
     out.mkdir(parents=True, exist_ok=True)
-    done = {(row["draw"], row["method"]) for row in read(out)}
+    rows = read(out)
+    if other := sorted({row["coarse"] for row in rows} - {coarse}):
+        raise InputError(f"{out} holds a study of coarse labels {other[0]}, not {coarse}: give another folder")
+    done = {(row["draw"], row["method"]) for row in rows}
     for draw in range(draws):
         for method in dict.fromkeys([TEACHER, *methods]):
             if (draw, method) not in done:
-                row = run_one(chips, out, draw=draw, method=method)
+                row = run_one(chips, out, draw=draw, method=method, coarse=coarse)
                 with (out / RESULTS).open("a") as file:
                     file.write(json.dumps(row) + "\n")
 
 
-def run_one(chips: str, out: Path, *, draw: int, method: str) -> dict[str, Any]:
+def run_one(chips: str, out: Path, *, draw: int, method: str, coarse: str) -> dict[str, Any]:
     """Train one method on one draw and read the validation split, once: counts by block."""
     from minemap.training.evaluate import QUICK, predict_chips
     from minemap.training.loop import train
 
     changes = METHODS[method]
     values = BASE | changes | {"data": [chips], "out": str(out / f"{method}-{draw}")}
-    values |= {"seed": draw, "fine_seed": draw}
-    if "epochs" not in changes or changes.get("fresh"):
+    values |= {"seed": draw, "fine_seed": draw, "coarse": coarse if method == TEACHER else "none"}
+    if not changes.get("imagenet") or changes.get("fresh"):
         values["teacher"] = str(out / f"{TEACHER}-{draw}" / "model")
     config = make_config(values)
     checkpoint = train(config)
@@ -135,6 +140,7 @@ def run_one(chips: str, out: Path, *, draw: int, method: str) -> dict[str, Any]:
     return {
         "draw": draw,
         "method": method,
+        "coarse": coarse,
         "miou": 100 * metrics.scores(counts.sum(axis=0))["miou"],
         "blocks": blocks,
     }
@@ -213,11 +219,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("action", choices=("run", "table"))
     parser.add_argument("--chips", help="mines6/chips.npz")
     parser.add_argument("--out", type=Path, default=Path("runs/study"))
+    parser.add_argument("--coarse", choices=tuple(COARSENINGS), default="blobs", help="labels of the rest (blobs)")
     parser.add_argument("--draws", type=int, default=5, help="of blocks, the first so many")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     args = parser.parse_args(arguments)
     if args.action == "run":
-        run(args.chips, args.out, draws=args.draws, methods=args.methods)
+        run(args.chips, args.out, draws=args.draws, methods=args.methods, coarse=args.coarse)
     print(tables([row for row in read(args.out) if row["draw"] < args.draws]))
 
 

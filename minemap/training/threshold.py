@@ -14,27 +14,30 @@ import json
 from dataclasses import replace
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from minemap.checkpoint import Checkpoint, load_model
 from minemap.errors import InputError
 from minemap.training import metrics
 from minemap.training.card import rewrite
-from minemap.training.chips import Chips, draw_blocks, load_chips
+from minemap.training.chips import Chips
+from minemap.training.config import make_config
 from minemap.training.evaluate import predict_chips
+from minemap.training.loop import load_sets
 
 RULE = "mapped area equals true area on {} held-out chips of the training split, those of {} trainings together"
+# Options of a training that decide which rows it held out
+DRAW = ("architecture", "split", "rows", "fine_share", "fine_seed", "holdout", "holdout_seed")
 SAMPLES = 200  # draws of blocks for the bounds
 
 
-def held_out(checkpoint: Checkpoint, chips: Chips) -> Chips:
-    """The rows of `chips` that the training of a checkpoint kept apart. Raises InputError."""
+def held_out(checkpoint: Checkpoint, chips: str) -> Chips:
+    """The rows of a chip file that the training of a checkpoint kept apart, with fine labels. Raises InputError."""
     told = checkpoint.recipe.training
     if not told.get("holdout"):
         raise InputError(f"model {checkpoint.path} held nothing out of its training")
-    own = chips.split(told["split"]).decided()
-    return own.where(draw_blocks(own, told["holdout"], told["holdout_seed"]))
+    draw = {key: told[key] for key in DRAW if key in told}
+    return load_sets(make_config(draw | {"out": "", "data": [chips]}))[1][0]
 
 
 def bounds(probability: NDArray[np.float32], mask: NDArray[np.uint8], block: NDArray[np.str_]) -> tuple[float, float]:
@@ -57,11 +60,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--chips", required=True, help="mines6/chips.npz")
     parser.add_argument("--dry-run", action="store_true", help="measure only")
     args = parser.parse_args(arguments)
-    chips = load_chips(args.chips)
     models = [load_model(name) for name in (args.model, *args.others)]
-    held = [held_out(model, chips) for model in models]
+    held = [held_out(model, args.chips) for model in models]
     answers = [
-        predict_chips(model.network().to(memory_format=torch.channels_last), model.recipe, own, precision="bf16")
+        predict_chips(model.network(), model.recipe, own, precision="bf16")
         for model, own in zip(models, held, strict=True)
     ]
     probability, mask = np.concatenate(answers), np.concatenate([own.mask for own in held])
