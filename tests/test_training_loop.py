@@ -144,6 +144,23 @@ def test_few_fine_rows_and_the_rest_are_apart(chips: str) -> None:
     assert not set(fine.column("id")) & set(rest.column("id"))
 
 
+def test_places_held_out_of_one_file_are_not_learned_from_in_another(tmp_path: Path) -> None:
+    """Two years of the same places, of which the second lacks one: the draws of their blocks differ."""
+    files = []
+    for year, places in (("2021", range(12)), ("2023", range(1, 12))):
+        (tmp_path / year).mkdir()
+        n = len(places)
+        image, mask = np.full((n, 6, 24, 24), 900, np.int16), np.zeros((n, 24, 24), np.uint8)
+        np.savez(tmp_path / year / "chips.npz", image=image, mask=mask, bands=np.array(BANDS))
+        rows = [f"p{i},b{i},train,{-60 + i / 5},3" for i in places]
+        (tmp_path / year / "chips.csv").write_text("\n".join(["id,block,split,lon,lat", *rows]) + "\n")
+        files.append(str(tmp_path / year / "chips.npz"))
+    sets, held = load_sets(TrainConfig(data=tuple(files), holdout=0.4, out=""))
+    learned, kept = ({name for s in some for name in s.column("id")} for some in (sets, held))
+    assert kept and learned and not learned & kept
+    assert set(held[0].column("id")) != set(held[1].column("id"))  # else this shows nothing
+
+
 def test_coarse_labels_are_used(chips: str) -> None:
     options = {"data": (chips,), "holdout": 0.0, "out": ""}
     fine, coarse = (load_sets(TrainConfig(coarse=c, **options))[0][0] for c in ("none", "blobs"))

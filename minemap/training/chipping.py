@@ -27,7 +27,7 @@ import numpy as np
 import shapely
 import zarr
 from numpy.typing import NDArray
-from pyproj import Geod, Transformer
+from pyproj import Geod
 from shapely.geometry import box
 from zarr.codecs import ZstdCodec
 
@@ -41,10 +41,9 @@ from minemap.scenes import Period, Scenes, Source, parse_months, parse_period, s
 from minemap.sensors import Sensor, asset_key
 from minemap.sentinel2 import BANDS, SCL
 from minemap.store import Store, write_atomically
-from minemap.training.chips import CHIPS_MARK, IGNORE, is_chips
+from minemap.training.chips import APART, CHIPS_MARK, IGNORE, earth_centred, is_chips
 
 SIZES = (64, 128, 256, 512, 1024, CHUNK)  # pixels; they divide a cell, whose scenes a chip uses
-APART = 5000.0  # metres between chips of two blocks
 NEAR = 4  # windows; how far from a chip with a mine land without one is drawn
 TOGETHER = 16  # chips in a chunk of the Zarr arrays
 
@@ -215,11 +214,9 @@ def blocks(places: list[Grid]) -> NDArray[np.str_]:
     from scipy.sparse.csgraph import connected_components
     from scipy.spatial import cKDTree
 
-    lon, lat = np.array([_centre(p) for p in places]).T
-    # Straight through the Earth, which over 10 km is shorter than along it by millimetres
-    x, y, z = Transformer.from_crs(4979, 4978, always_xy=True).transform(lon, lat, np.zeros_like(lon))
+    tree = cKDTree(earth_centred(*np.array([_centre(p) for p in places]).T))
     reach = APART + math.sqrt(2) * max(p.width * p.resolution for p in places)  # from centre to centre
-    near = cKDTree(np.column_stack([x, y, z])).sparse_distance_matrix(cKDTree(np.column_stack([x, y, z])), reach)
+    near = tree.sparse_distance_matrix(tree, reach)
     near.setdiag(1.0)  # a distance of 0 is no entry
     _, label = connected_components(near, directed=False)
     names = np.array([name_of(p) for p in places])

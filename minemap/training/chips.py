@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,8 @@ from pathlib import Path
 import numpy as np
 import zarr
 from numpy.typing import NDArray
+from pyproj import Transformer
+from scipy.spatial import cKDTree
 
 from minemap.checkpoint import Recipe
 from minemap.errors import InputError
@@ -25,6 +28,7 @@ from minemap.sentinel2 import BANDS
 
 SCALE = 10_000  # digital numbers per unit of reflectance
 IGNORE = 255
+APART = 5000.0  # metres between chips of two blocks
 CHIPS_MARK = "minemap:chips"  # attribute of a Zarr group that holds chips; its value is the format's version
 
 
@@ -189,6 +193,21 @@ def check_leakage(*sets: Chips) -> None:
         for b in blocks[i + 1 :]:
             if a & b:
                 raise InputError(f"blocks {sorted(a & b)[:5]} are in two splits: split by place, not by chip")
+
+
+def earth_centred(lon: NDArray[np.float64], lat: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Metres from the Earth's centre (n, 3). Straight through it, which over 10 km is shorter by millimetres."""
+    return np.column_stack(Transformer.from_crs(4979, 4978, always_xy=True).transform(lon, lat, np.zeros_like(lon)))
+
+
+def away_from(chips: Chips, others: Chips) -> Chips:
+    """The rows at least APART from all of `others`; all, where either does not say where its chips lie."""
+    if not all(len(c) and {"lon", "lat"} <= c.columns.keys() for c in (chips, others)):
+        return chips
+    both = chips, others
+    here, there = (earth_centred(*(c.column(name).astype(float) for name in ("lon", "lat"))) for c in both)
+    corners = sum(math.hypot(*c.mask.shape[1:]) * c.resolution / 2 for c in both)  # from the middles
+    return chips.where(cKDTree(there).query(here)[0] >= APART + corners)
 
 
 def draw_blocks(chips: Chips, share: float, seed: int) -> NDArray[np.bool_]:

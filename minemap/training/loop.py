@@ -11,6 +11,7 @@ import json
 import math
 from contextlib import suppress
 from dataclasses import replace
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from minemap.models.minec2fnet import DEFAULT_ENCODER, MineC2FNet
 from minemap.models.minenetcd import MineNetCD
 from minemap.training import metrics
 from minemap.training.batches import make_batch
-from minemap.training.chips import Chips, check_leakage, draw_blocks, load_chips, load_pairs
+from minemap.training.chips import Chips, away_from, check_leakage, draw_blocks, load_chips, load_pairs
 from minemap.training.coarse import COARSENINGS, coarsen_chips
 from minemap.training.config import TrainConfig, as_json
 from minemap.training.continual import attention_loss, select_replay
@@ -122,11 +123,17 @@ def finish(checkpoint: Checkpoint, holdout: list[Chips], config: TrainConfig) ->
 
 
 def load_sets(config: TrainConfig) -> tuple[list[Chips], list[Chips]]:
-    """Training and holdout rows of every chip file, by block, leakage checked."""
+    """Training and holdout rows of every chip file, by block, leakage checked.
+
+    Files may show the same places: what lies near a held-out chip of another file is left out.
+    """
     if not config.data:
         raise InputError("no chip files: give at least one with --chips")
     pairs = [_hold_out(path, _rows(path, config, config.rows, config.coarse), config) for path in config.data]
-    return [training for training, _ in pairs], [holdout for _, holdout in pairs]
+    sets, holdouts = [training for training, _ in pairs], [holdout for _, holdout in pairs]
+    for i, j in permutations(range(len(pairs)), 2):
+        sets[i] = away_from(sets[i], holdouts[j])
+    return sets, holdouts
 
 
 def _resolution(sets: list[Chips]) -> float:
