@@ -9,8 +9,9 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,6 +19,7 @@ from . import __version__
 from .errors import InputError, MinemapError
 
 INTERRUPTED = 130
+GO_ON = ("map", "series", "change", "chips", "train", "demo")  # commands that take up what an interrupted one did
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,7 +33,8 @@ def main(argv: list[str] | None = None) -> int:
         return status
     except KeyboardInterrupt:
         again = " without --overwrite" if getattr(arguments, "overwrite", False) else ""
-        print(f"minemap: interrupted; the same command{again} goes on from here", file=sys.stderr)
+        goes_on = f"; the same command{again} goes on from here" if arguments.goes_on else ""
+        _to_stderr(f"minemap: interrupted{goes_on}")
         return INTERRUPTED
     except BrokenPipeError:  # who reads our output has had enough, as head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -45,30 +48,51 @@ def main(argv: list[str] | None = None) -> int:
 def _failed(error: BaseException) -> int:
     known = error if isinstance(error, MinemapError) else error.__cause__
     if isinstance(known, MinemapError):
-        print(f"minemap: {known}", file=sys.stderr)
+        _to_stderr(f"minemap: {known}")
         return known.status
     text = " ".join(str(error).split())[:300]
-    print(f"minemap: unexpected {type(error).__name__}: {text} (--debug shows where)", file=sys.stderr)
+    _to_stderr(f"minemap: unexpected {type(error).__name__}: {text} (--debug shows where)")
     return 1
+
+
+def _to_stderr(text: str) -> None:
+    """A line on standard error. Whether anybody listens there must not decide what becomes of the work."""
+    with suppress(BrokenPipeError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def _one_line(message: Any, category: type[Warning], *_: Any) -> None:
     if issubclass(category, UserWarning):
-        print(f"minemap: warning: {message}", file=sys.stderr)
+        _to_stderr(f"minemap: warning: {message}")
 
 
 def _split_bbox(words: list[str]) -> list[str]:
-    """`--bbox -63.45,6.2,-63.3,6.35` as four words: argparse takes a word that starts with "-" for an option."""
+    """The numbers after `--bbox`, with commas or blanks between, as words that argparse takes for numbers.
+
+    It takes what starts with "-" for an option, unless it looks as -63.45 does.
+    """
     out: list[str] = []
-    for i, word in enumerate(words):
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
         name, _, joined = word.partition("=")
-        if name == "--bbox" and joined:
-            out += [name, *joined.replace(",", " ").split()]
-        elif i and words[i - 1] == "--bbox" and "," in word:
-            out += word.replace(",", " ").split()
-        else:
+        if name != "--bbox":
             out.append(word)
+            continue
+        out.append(name)
+        rest = [joined, *rest] if joined else rest
+        while rest and (numbers := _degrees(rest[0])):
+            out += numbers
+            rest.pop(0)
     return out
+
+
+def _degrees(word: str) -> list[str]:
+    """A word of numbers, apart and without exponents; none where it is something else."""
+    try:
+        return [f"{Decimal(part):f}" for part in word.replace(",", " ").split()]
+    except InvalidOperation:
+        return []
 
 
 class Parser(argparse.ArgumentParser):
@@ -86,7 +110,7 @@ def parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=about, description=about, allow_abbrev=False)
         add(command)
         command.add_argument("--debug", action="store_true", help="show where an error came from")
-        command.set_defaults(run=run)
+        command.set_defaults(run=run, goes_on=name in GO_ON)
     return top
 
 
@@ -157,6 +181,7 @@ def _add_scenes(p: argparse.ArgumentParser) -> None:
     p.add_argument("--max-scenes", type=int, default=24, metavar="N", help="acquisitions a 20-km cell (24)")
     p.add_argument("--min-clear", type=int, default=3, metavar="N", help="with fewer clear looks: not observed (3)")
     p.add_argument("--months", help="of the year to use, as 6-9, 11-2 or 1,6,7")
+    p.add_argument("--exclude", nargs="+", default=(), metavar="ID", help="items to leave out, as those unreadable")
     p.add_argument("--mask-scl", metavar="CLASSES", help="SCL classes that are no clear look (0,1,3,8,9,10)")
     p.add_argument("--no-rescue", action="store_true", help="do not keep stable bright ground that SCL calls cloud")
     p.add_argument("--reader", choices=("stackstac", "odc"), default="stackstac")
@@ -173,7 +198,7 @@ def _options(a: argparse.Namespace) -> dict[str, Any]:
     options = {f.name: getattr(a, f.name) for f in fields(Options) if hasattr(a, f.name)}
     if a.mask_scl is not None:
         options["masked"] = _numbers(a.mask_scl.split(","), int, "--mask-scl")
-    return {**options, "rescue": not a.no_rescue}
+    return {**options, "rescue": not a.no_rescue, "exclude": tuple(a.exclude)}
 
 
 def _numbers(words: list[str], kind: type, name: str) -> tuple[Any, ...]:
@@ -244,7 +269,7 @@ def _bar(unit: str) -> Iterator[Callable[[int, int], None]]:
 
         def line(done: int, total: int) -> None:
             if done != last[0]:
-                print(f"{done}/{total} {unit}", file=sys.stderr, flush=True)
+                _to_stderr(f"{done}/{total} {unit}")
                 last[0] = done
 
         yield line

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
+import dask.array as da
 import numpy as np
 import xarray as xr
 
@@ -61,6 +62,8 @@ def composite(cube: xr.DataArray, rule: Rule | None = None) -> xr.DataArray:
     255. Same pixels as in a map.
     """
     rule = rule or Rule()
+    if not cube.sizes["time"]:
+        return _unseen(cube)
     looks = _looks(cube["acquisition"].values if "acquisition" in cube.coords else np.arange(cube.sizes["time"]))
     scl = cube["scl"] if "scl" in cube.coords else xr.full_like(cube.isel(band=0, drop=True), 7, dtype="uint8")
     cube = cube.reset_coords(drop=True).assign_coords(spatial_ref=cube.coords.get("spatial_ref", 0))
@@ -78,6 +81,15 @@ def composite(cube: xr.DataArray, rule: Rule | None = None) -> xr.DataArray:
     image = image.transpose("band", "y", "x").assign_coords(observations=count)
     image.attrs = {"long_name": "surface reflectance, median of clear looks", "units": "1"}
     return image.rename("composite")
+
+
+def _unseen(cube: xr.DataArray) -> xr.DataArray:
+    """The image of a cube without any layer."""
+    chunks = cube.chunks[1:] if cube.chunks else cube.shape[1:]
+    image = xr.DataArray(da.full(cube.shape[1:], np.nan, np.float32, chunks=chunks), dims=cube.dims[1:])
+    count = xr.zeros_like(image.isel(band=0), dtype=np.uint8)
+    kept = {name: cube.coords[name] for name in ("band", "y", "x", "spatial_ref") if name in cube.coords}
+    return image.assign_coords(kept).assign_coords(observations=count).rename("composite")
 
 
 def _composite_floats(

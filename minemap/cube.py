@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -18,12 +19,13 @@ from rasterio.enums import Resampling
 
 from .errors import InputError
 from .grid import CHUNK, Grid, crs_wkt
-from .reader import GDAL_OPTIONS, Access, ExactReader, address_of
+from .reader import GDAL_OPTIONS, Access, ExactReader, address_of, check_asset
 from .scenes import acquisition_id, moment
 from .sensors import asset_key, one_sensor, scaling
 from .sentinel2 import BANDS, NODATA, SCALE, SCL, Item, Scaling
 
 READERS = ("stackstac", "odc")
+OPENED_AT_ONCE = 8
 _PYSTAC = threading.Lock()  # HACK: pystac 1.15 registers its extensions on first use, and not thread-safely
 UNCLASSIFIED = 7  # the SCL class of items that have no SCL: seen, and not known to be cloud
 
@@ -64,11 +66,12 @@ def load_layers(
     chunk: int = CHUNK,
     access: Access | None = None,
     scalings: dict[str, Scaling] | None = None,
+    warn: bool = True,
 ) -> xr.Dataset:
     """What `load_cube` shows as reflectance, before it becomes float: `dn` and `scl`, both lazy.
 
     dn: uint16 (time, band, y, x), reflectance x 10,000 with the offset applied, at least 1; 0 = nothing seen.
-    scl: uint8 (time, y, x). A band that no item has is 0 throughout.
+    scl: uint8 (time, y, x). A band that no item has is 0 throughout. warn: of items whose clouds are not masked.
     """
     if reader not in READERS:
         raise InputError(f"unknown reader {reader!r}: give one of {', '.join(READERS)}")
@@ -83,8 +86,9 @@ def load_layers(
     classes = quality.copy(data=quality.data.map_blocks(sensor.classes, dtype=np.uint8))
     blind = [i for i, item in enumerate(chosen) if asset_key(item, SCL) is None]
     if blind:
-        told = f"{len(blind)} of {len(chosen)} items have no {sensor.quality}: their clouds are not masked"
-        warnings.warn(told, stacklevel=2)
+        if warn:
+            told = f"{len(blind)} of {len(chosen)} items have no {sensor.quality}: their clouds are not masked"
+            warnings.warn(told, stacklevel=2)
         classes = _replaced(classes, blind, UNCLASSIFIED)
     decided = [(scalings or {}).get(item["id"]) or scaling(item) for item in chosen]
     dn = raw.copy(data=_scaled(raw.data, decided)).rename("dn")
@@ -186,9 +190,10 @@ def _odc(
     *_, items = prepare_items(items, list(bands), grid.epsg, step, bounds, snap_bounds=False, rescale=False)
     if not items:
         return _empty(grid, bands, dtype, chunk)
-    for item in items:
-        for asset in item["assets"].values():
-            access.check(asset["href"])
+    # odc-stac opens whatever GDAL can, a VRT that names other files among it
+    hrefs = {item["assets"][band]["href"] for item in items for band in bands if band in item["assets"]}
+    with ThreadPoolExecutor(OPENED_AT_ONCE) as pool:
+        list(pool.map(partial(check_asset, access=access), sorted(hrefs)))
     odc.stac.configure_rio(cloud_defaults=True, **{k: v for k, v in GDAL_OPTIONS.items() if k != "GDAL_CACHEMAX"})
     with _PYSTAC:
         parsed = [pystac.Item.from_dict(item) for item in items]

@@ -39,6 +39,10 @@ class StoreError(MinemapError):
     """An output that is not ours, is not writable, or was made with other parameters."""
 
 
+class DamagedTileError(StoreError):
+    """A super-tile whose stored bytes are not those that were written."""
+
+
 class ClusterError(MinemapError):
     """A scheduler that can't be reached, or workers that can't do the work."""
 

@@ -185,6 +185,8 @@ def check_bbox(numbers: tuple[float, ...] | list[float]) -> BBox:
         raise InputError(f"bbox south {south} lies north of {north}: the order is west south east north")
     if south == north or west == east:
         raise InputError(f"bbox {west} {south} {east} {north} has no area")
+    if west > east and west - east < 180:  # the other way round would be most of the Earth
+        raise InputError(f"bbox west {west} lies east of {east}: the order is west south east north")
     if max(abs(south), abs(north)) > MAX_LATITUDE:
         raise InputError(f"bbox reaches {south}…{north} degrees latitude; UTM maps end at ±{MAX_LATITUDE:g}")
     return west, south, east, north

@@ -24,9 +24,11 @@ import xarray as xr
 
 from .checkpoint import Checkpoint, load_same
 from .errors import InputError, TooLittleMemoryError
+from .sentinel2 import BANDS
 from .tiles import Layout, run_windows
 from .water import settle_open_water
 
+ON_LATTICE = 1e-3  # pixels
 NOT_OBSERVED = 255  # in per cent maps
 PRECISIONS = ("bf16", "fp32")
 _LOADING = threading.Lock()  # lru_cache would let two threads load the network at once
@@ -90,6 +92,8 @@ def predict(image: xr.DataArray, checkpoint: Checkpoint, *, precision: str | Non
     image's edge on for certain, from 160 px off an edge that lies on a multiple of 256 px.
     """
     one_date(checkpoint)
+    if "band" not in image.coords:
+        raise InputError(f"image has no names of its bands: give it a coordinate band, of {', '.join(BANDS)}")
     settings = Settings.for_machine(precision, resolution=_step(image))
     size, margin = checkpoint.recipe.window, layout(checkpoint).margin
     wanted = image.reindex(band=list(checkpoint.recipe.bands)).transpose("band", "y", "x")
@@ -115,7 +119,14 @@ def one_date(checkpoint: Checkpoint) -> None:
 def _margins(image: xr.DataArray, size: int) -> tuple[tuple[int, int], tuple[int, int]]:
     """Pixels to add (top, left), (bottom, right) so that the image starts and ends on the lattice of windows."""
     y, x, step = image["y"].values, image["x"].values, _step(image)
-    first = round(-(y[0] / step + 0.5)), round(x[0] / step - 0.5)  # row and column of the zone's lattice
+    place = -(y[0] / step + 0.5), x[0] / step - 0.5
+    first = round(place[0]), round(place[1])  # row and column of the zone's lattice
+    ascends = len(y) > 1 and y[1] > y[0]
+    if step < 1 or ascends or max(abs(place[0] - first[0]), abs(place[1] - first[1])) > ON_LATTICE:
+        raise InputError(
+            f"image from x {x[0]:.10g}, y {y[0]:.10g} in steps of {step:g} is off the zone's lattice: coordinates "
+            f"are centres of pixels in the metres of a UTM zone, half a pixel off multiples of {step:g}, y descending"
+        )
     before = first[0] % size, first[1] % size
     return before, (-(before[0] + len(y)) % size, -(before[1] + len(x)) % size)
 

@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -26,7 +26,7 @@ from .checkpoint import Checkpoint, load_model
 from .cluster import TASK_THREADS, check_workers, connect, gpu_share, worker_count
 from .compositing import Rule, composite_layers
 from .cube import READERS, load_layers
-from .errors import ClusterError, InputError, NoItemsError, ReadError, StoreError
+from .errors import ClusterError, DamagedTileError, InputError, NoItemsError, ReadError, StoreError
 from .grid import CHUNK, CHUNKS, WINDOW, BBox, Grid, cell_side, check_bbox, grids, pixel_area_km2, wanted_windows
 from .inference import (
     NOT_OBSERVED,
@@ -66,6 +66,7 @@ COUNTS = ("km2_total", "km2_observed", "km2_mine", "computed")
 AOI = "aoi.wkt"  # in the meta folder
 READ_THREADS = 8  # assets read at a time by one task: remote reads wait more than they compute
 RETRIES = 3  # times that a task which failed starts again, where there are workers
+FAILURES = 8  # super-tiles that may be unreadable before a run is given up
 STAGE = "supertile"  # what dashboards call the tasks
 AT_ONCE = 10_000  # super-tiles a graph; as many more follow when these are done
 QUICKLOOK_WHITE = 0.3  # reflectance that is white in a quicklook
@@ -76,10 +77,11 @@ class Options:
     """What a run may be told; the command line's options by their names.
 
     stac: a known source, an API's URL or an item file. max_cloud: per cent, of an item. max_scenes: acquisitions a
-    cell. min_clear: clear looks below which a pixel is not observed. months: as "6-9". masked: SCL classes that are
-    no clear look. aoi: polygon file to clip to. model: name or path. extent: "bbox" or "zone". chunk: side of a
-    super-tile in pixels. precision: "bf16" or "fp32", None for what the processor has. near: polygons in degrees;
-    only super-tiles that meet them are made (whole, unlike aoi, and the map stays open for others).
+    cell. min_clear: clear looks below which a pixel is not observed. months: as "6-9". exclude: ids of items to leave
+    out; cells that used them choose again. masked: SCL classes that are no clear look. aoi: polygon file to clip to.
+    model: name or path. extent: "bbox" or "zone". chunk: side of a super-tile in pixels. precision: "bf16" or "fp32",
+    None for what the processor has. near: polygons in degrees; only super-tiles that meet them are made (whole,
+    unlike aoi, and the map stays open for others).
     """
 
     stac: str | Path = "earth-search"
@@ -88,6 +90,7 @@ class Options:
     max_scenes: int = 24
     min_clear: int = 3
     months: str | None = None
+    exclude: tuple[str, ...] = ()
     masked: tuple[int, ...] = SCL_MASKED
     rescue: bool = True
     aoi: str | Path | None = None
@@ -107,8 +110,11 @@ class Options:
                 raise InputError(f"{name} is {getattr(self, name)!r}: give one of {', '.join(map(str, allowed))}")
         if not 0 <= self.max_cloud <= 100:
             raise InputError(f"max_cloud is {self.max_cloud:g}: it is a percentage, 0 to 100")
-        if self.max_scenes < 1:
-            raise InputError(f"max_scenes is {self.max_scenes}: at least one acquisition is needed")
+        if self.max_scenes < max(1, self.min_clear):
+            raise InputError(
+                f"max_scenes is {self.max_scenes}, and a pixel needs {self.min_clear} clear looks (min_clear): with "
+                "fewer acquisitions nothing would be observed"
+            )
 
     @staticmethod
     def named(options: dict[str, Any]) -> Options:
@@ -219,7 +225,9 @@ class Plan:
             return {}
         store = self.store.bound()
         records = {work: store.record(work.tile, self.period) for work in self.work}
-        return {work: r for work, r in records.items() if r is not None and _done(r, work)}
+        cells = {(work.tile.group, work.tile.cell) for work in self.work}
+        scenes = {cell: store.scenes_of(*cell, self.period) for cell in cells}
+        return {w: r for w, r in records.items() if r and _done(r, w, scenes[w.tile.group, w.tile.cell])}
 
     @cached_property
     def rule(self) -> Rule:
@@ -322,7 +330,7 @@ def _with_scenes(made: Plan, store: Store | None) -> Plan:
     o = made.options
     use_frozen = store is not None and store.exists() and not o.refresh and not o.overwrite
     cells = sorted({(w.tile.epsg, w.tile.cell) for w in made.work})
-    done = {c for c in cells if use_frozen and store and store.read_cell(f"utm{c[0]}", c[1], made.period) is not None}
+    done = {c for c in cells if use_frozen and store and _holds_choice(store, c, made)}
     open_cells = {c for c in cells if c not in done}
     chosen: dict[tuple[str, tuple[int, int]], list[Acquisition]] = {}
     empty: list[NoItemsError] = []
@@ -335,12 +343,16 @@ def _with_scenes(made: Plan, store: Store | None) -> Plan:
                 stac=made.source,
                 max_cloud=o.max_cloud,
                 months=parse_months(o.months),
+                exclude=o.exclude,
             )
         except NoItemsError as error:  # a zone of open sea must not lose its neighbour's map
             empty.append(error)
             items = []
         scenes = Scenes(items, o.max_scenes)
+        kept = store if not items and o.refresh else None  # what a catalogue has lost for now stays mapped
         for tile in zone:
+            if kept and kept.read_cell(tile.group, tile.cell, made.period):
+                continue
             if (tile.group, tile.cell) not in chosen:
                 chosen[tile.group, tile.cell] = scenes.choose(epsg, tile.cell, tile.resolution)
     planned = replace(made, cells=chosen, frozen=len(done))
@@ -355,6 +367,14 @@ def _with_scenes(made: Plan, store: Store | None) -> Plan:
         told = f"{blind} of {len(planned.items)} items have no {made.sensor.quality}: their clouds are not masked"
         warnings.warn(told, stacklevel=2)
     return planned
+
+
+def _holds_choice(store: Store, cell: tuple[int, tuple[int, int]], made: Plan) -> bool:
+    """Whether an earlier run has chosen a cell's scenes, none of which is to be left out now."""
+    chosen = store.read_cell(f"utm{cell[0]}", cell[1], made.period)
+    return chosen is not None and not {name for acquisition in chosen for name in acquisition} & set(
+        made.options.exclude
+    )
 
 
 def _around(tiles: list[Grid]) -> Grid:
@@ -410,8 +430,6 @@ def _prepare(made: Plan, store: Store) -> dict[str, int]:
         store.write_items([with_decision(item) for item in made.items])
     for (group, cell), acquisitions in made.cells.items():
         ids = [[item["id"] for item in a.items] for a in acquisitions]
-        if store.read_cell(group, cell, made.period) not in (None, ids):  # --refresh found others
-            store.mark_stale(group, cell, made.period)
         store.write_cell(group, cell, made.period, ids)
     if o.aoi:
         write_atomically(store.meta / AOI, load_aoi(o.aoi).wkt)
@@ -459,10 +477,21 @@ def run_tiles(
     client: Client | None,
     progress: Callable[[int, int], None] | None,
 ) -> np.ndarray:
-    """Makes every super-tile; returns what the job counts in each, float64 (tile, count)."""
+    """Makes every super-tile; returns what the job counts in each, float64 (tile, count).
+
+    Those whose assets can't be read don't keep the others from being made: the ReadError comes at the end.
+    """
+    job.store.forget_failures()
     with _watched(work, job, progress):
         slices = [work[i : i + AT_ONCE] for i in range(0, len(work), AT_ONCE)]
-        return np.concatenate([_compute(part, job, client) for part in slices])
+        counts = np.concatenate([_compute(part, job, client) for part in slices])
+    if failures := job.store.failures():
+        others = ", the others are done" if len(failures) < len(work) else ""
+        raise ReadError(
+            f"{len(failures)} of {len(work)} super-tiles can't be read{others}: {failures[0]}; the same command "
+            "tries again, --exclude ID leaves an item out"
+        )
+    return counts
 
 
 def _compute(work: list[Work], job: Task, client: Client | None) -> np.ndarray:
@@ -536,7 +565,13 @@ def _block(row: xr.DataArray, job: Task, resolution: float) -> xr.DataArray:
         return xr.DataArray(np.zeros((0, len(job.counted))), dims=("tile", "count"))
     epsg, left, top, side, *windows = row.values[0]
     tile = Grid(int(epsg), float(left), float(top), int(side), int(side), resolution)
-    counts = job.make(Work(tile, tuple(int(n) for n in windows)))  # type: ignore[arg-type]
+    try:
+        counts = job.make(Work(tile, tuple(int(n) for n in windows)))  # type: ignore[arg-type]
+    except ReadError as error:
+        job.store.keep_failure(tile, job.period, str(error))
+        if len(job.store.failures()) > FAILURES:  # a source that is away would take long to say so tile by tile
+            raise
+        counts = dict.fromkeys(job.counted, np.nan)
     return xr.DataArray(np.array([[counts[name] for name in job.counted]]), dims=("tile", "count"))
 
 
@@ -577,15 +612,17 @@ def make_tile(work: Work, job: Job) -> dict[str, float]:
     """Reads, composites, predicts and writes one super-tile, unless the ledger has it; returns its counts."""
     record = job.store.record(work.tile, job.period)
     index = job.index[work.tile.group]
-    if record is not None and _done(record, work):
-        answer = job.store.read_tile(work.inner, index, "probability")
-        return {**count(answer, work.inner, job), "computed": 0.0}
+    scenes = job.store.scenes_of(work.tile.group, work.tile.cell, job.period)
+    if record is not None and _done(record, work, scenes):
+        with suppress(DamagedTileError):  # made again
+            answer = job.store.read_tile(work.inner, index, "probability")
+            return {**count(answer, work.inner, job), "computed": 0.0}
     if record is not None:  # a shard is written whole: what an earlier box had of it is made again with ours
         work = replace(work, windows=_union(record["windows"], work.windows))
     start = time.monotonic()
     with _stage("read"):
-        image, observations, items, asked = _image(work.inner, job)
-    margin = layout(job.checkpoint).margin
+        margin = layout(job.checkpoint).margin
+        image, observations, items, asked = read_image(work.inner, margin, job.reading)
     with _stage("network"):
         settings = job.settings(work.tile.resolution)
         chance, batch = probability_and_batch(image, job.checkpoint, settings)
@@ -614,6 +651,7 @@ def make_tile(work: Work, job: Job) -> dict[str, float]:
             "mine_km2": float(area[mine].sum()),
             "probability_km2": float(np.nansum(chance * area, dtype=np.float64)),
             "items": items,
+            "scenes": scenes,
             "offsets": asked,
             "batch": batch,
             "at_once": job.sharing * TASK_THREADS,
@@ -632,19 +670,15 @@ def _stage(name: str) -> Iterator[None]:
         yield
 
 
-def _done(record: dict[str, Any], work: Work) -> bool:
+def _done(record: dict[str, Any], work: Work, scenes: str) -> bool:
     """Whether what a record tells of holds all windows that are wanted, made from the scenes that are valid now."""
     has, wants = record["windows"], work.windows
     holds = has[0] <= wants[0] and has[1] >= wants[1] and has[2] <= wants[2] and has[3] >= wants[3]
-    return holds and not record.get("stale")
+    return holds and record.get("scenes") == scenes
 
 
 def _union(one: list[int], other: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
     return min(one[0], other[0]), max(one[1], other[1]), min(one[2], other[2]), max(one[3], other[3])
-
-
-def _image(inner: Grid, job: Job) -> tuple[np.ndarray, np.ndarray, list[str], dict[str, str]]:
-    return read_image(inner, layout(job.checkpoint).margin, job.reading)
 
 
 def read_image(inner: Grid, halo: int, how: Reading) -> tuple[np.ndarray, np.ndarray, list[str], dict[str, str]]:
@@ -659,11 +693,8 @@ def read_image(inner: Grid, halo: int, how: Reading) -> tuple[np.ndarray, np.nda
     if chosen is None:
         raise StoreError(f"{how.store.meta} has lost the scenes of cell {inner.cell}: run again with --refresh")
     items = [how.store.read_item(name) for acquisition in chosen for name in acquisition]
-    decided = {item["id"]: decide(item, how) for item in items}
-    with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message=".*their clouds are not masked"
-        )  # said once, when the scenes were chosen
+    with _named_item(items), ThreadPoolExecutor(READ_THREADS, "read") as pool:
+        decided = pool.map(lambda item: (item["id"], decide(item, how)), items)
         layers = load_layers(
             items,
             seen,
@@ -671,14 +702,24 @@ def read_image(inner: Grid, halo: int, how: Reading) -> tuple[np.ndarray, np.nda
             reader=how.reader,
             chunk=seen.height + seen.width,
             access=how.access,
-            scalings=decided,
+            scalings=dict(decided),
+            warn=False,  # said once, when the scenes were chosen
         )
-    with ThreadPoolExecutor(READ_THREADS, "read") as pool:
         image, count = composite_layers(layers, how.rule, lambda lazy: _loaded(lazy, pool))
     return_freed_memory()
     used = [str(name) for name in layers["id"].values]
     core = slice(halo, -halo or None)
     return image, count[core, core], used, layers.attrs["offsets"]
+
+
+@contextmanager
+def _named_item(items: list[Item]) -> Iterator[None]:
+    """Adds the item to an error about one of its assets."""
+    try:
+        yield
+    except ReadError as error:
+        whose = [i["id"] for i in items if any(a["href"] in str(error) for a in i["assets"].values())]
+        raise ReadError(f"{f'item {whose[0]}, ' if whose else ''}{error}") from error
 
 
 def _loaded(lazy: da.Array, pool: ThreadPoolExecutor) -> np.ndarray:

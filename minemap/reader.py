@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any
 from urllib.parse import parse_qs, urljoin, urlsplit
@@ -21,10 +22,11 @@ from urllib.parse import parse_qs, urljoin, urlsplit
 import numpy as np
 import rasterio
 from affine import Affine
-from rasterio._path import _parse_path
+from rasterio._path import _parse_path, _vsi_path
 from rasterio.enums import Resampling
 from rasterio.errors import RasterioError, RasterioIOError
 from rasterio.vrt import WarpedVRT
+from rasterio.warp import transform_bounds
 from rasterio.windows import Window
 
 from .errors import ReadError
@@ -34,7 +36,7 @@ DRIVERS = ["GTiff", "JP2OpenJPEG"]  # a VRT can make GDAL open anything else, so
 ATTEMPTS = 5
 TOKEN_RETRIES = 3
 REDIRECTS = 5
-HEAD_SECONDS = (5, 30)  # to connect, to answer
+REDIRECT_SECONDS = (5, 30)  # to connect, to answer
 PAUSE = 0.25  # seconds before the second attempt, doubled each time
 TOLERANCE = 1e-12  # pixels; 0 crashes GDAL
 ALLOW_VARIABLE = "MINEMAP_ALLOW_HOSTS"
@@ -79,7 +81,10 @@ class Access:
 
     def check(self, href: str) -> None:
         """Raises ReadError when `href` may not be opened."""
-        scheme = urlsplit(href).scheme
+        try:
+            scheme = urlsplit(href).scheme
+        except ValueError as error:
+            raise ReadError(f"asset {href!r} is no address: {error}") from error
         if href.startswith("/vsi") or scheme not in ("", "http", "https", "s3"):
             raise ReadError(f"asset {href!r}: only http(s), s3 and plain paths are opened")
         if scheme == "" and not self.local:
@@ -131,6 +136,11 @@ def read_overview(href: str, access: Access, side: int = 256) -> np.ndarray:
     return _attempted(href, access, read)
 
 
+def check_asset(href: str, access: Access) -> None:
+    """Raises ReadError unless `read_asset` would open it: for readers that open what they like."""
+    _attempted(href, access, lambda _: np.empty(0))
+
+
 def _attempted(href: str, access: Access, read: Callable[[Any], np.ndarray]) -> np.ndarray:
     """`read` of the opened asset, again and again where it is remote. Raises ReadError."""
     access.check(href)
@@ -141,7 +151,7 @@ def _attempted(href: str, access: Access, read: Callable[[Any], np.ndarray]) -> 
         try:
             address = address_of(href, access)
             # GDAL keeps what it has read of an address, failures too: look afresh the second time
-            fresh = {"CPL_VSIL_CURL_NON_CACHED": f"/vsicurl/{address}"} if attempt else {}
+            fresh = {"CPL_VSIL_CURL_NON_CACHED": _vsi_path(_parse_path(address))} if attempt else {}
             with rasterio.Env(**GDAL_OPTIONS, **fresh), _open(address) as source:
                 if source.count != 1:
                     raise RasterioIOError(f"has {source.count} bands, 1 is expected")
@@ -150,7 +160,8 @@ def _attempted(href: str, access: Access, read: Callable[[Any], np.ndarray]) -> 
                 return read(source)
         except (RasterioError, OSError) as error:
             problem = error
-            if address != href:
+            _followed.cache_clear()  # where a redirect led may be an address for a while only
+            if access.sign and address != href:
                 _forget_tokens()
     raise ReadError(f"asset {href!r} can't be read: {str(problem).splitlines()[0]}") from problem
 
@@ -167,11 +178,13 @@ def _followed(href: str, access: Access) -> str:
     """The end of an address's redirects, each of which must be allowed. GDAL would follow them anywhere."""
     import requests
 
+    one_byte = {"Range": "bytes=0-0"}  # as GDAL asks: a host may redirect GET and not HEAD
     for _ in range(REDIRECTS):
-        answer = requests.head(href, allow_redirects=False, timeout=HEAD_SECONDS)
-        if not answer.is_redirect:
-            return href
-        href = urljoin(href, answer.headers["Location"])
+        asked = requests.get(href, headers=one_byte, stream=True, allow_redirects=False, timeout=REDIRECT_SECONDS)
+        with asked as answer:
+            if not answer.is_redirect:
+                return href
+            href = urljoin(href, answer.headers["Location"])
         access.check(href)
     raise ReadError(f"asset {href!r}: more than {REDIRECTS} redirects")
 
@@ -183,12 +196,17 @@ def signed(href: str, access: Access) -> str:
     from planetary_computer.sas import get_token
 
     parts = urlsplit(href)
-    if {"st", "se", "sp"} & set(parse_qs(parts.query)):  # signed by whoever made the item
-        return href
+    given = parse_qs(parts.query)
+    if {"st", "se", "sp"} & set(given):  # signed by whoever made the item
+        if given.get("se", ["9"])[0] > datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"):
+            return href
+        href = parts._replace(query="").geturl()
     account, container = str(parts.hostname).partition(".")[0], parts.path.split("/")[1]
     try:
         return get_token(account, container, retry_total=TOKEN_RETRIES).sign(href).href
     except (OSError, ValueError) as error:  # requests' and pydantic's
+        if access.local:  # an item file's container may be open to all
+            return href
         reason = str(error).strip().splitlines()[0]
         raise ReadError(f"asset {href!r}: the Planetary Computer gave no token for it: {reason[:200]}") from error
 
@@ -276,7 +294,7 @@ def _kernel_scale(source: Any, epsg: int, resolution: float) -> float:
     From the source's own extent, so the same for every window of it. Rounded, so that 9.97 m on a geographic
     lattice counts as 10 m.
     """
-    bounds = rasterio.warp.transform_bounds(source.crs, f"EPSG:{epsg}", *source.bounds)
+    bounds = transform_bounds(source.crs, f"EPSG:{epsg}", *source.bounds)
     pixel = max((bounds[2] - bounds[0]) / source.width, (bounds[3] - bounds[1]) / source.height)
     return min(1.0, round(pixel / resolution, 1) or 0.1)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +33,7 @@ def describe(path: str | Path) -> dict[str, Any]:
 
     Areas are km² on the ellipsoid of what the zone owns and the area of interest holds, whole windows of it.
     """
-    store = Store(Path(path))
+    store = Store.at(path)
     about = store.attributes()
     return {
         "path": str(path),
@@ -56,7 +55,9 @@ def _zone(store: Store, group: str) -> dict[str, Any]:
 
 
 def _period(store: Store, group: str, period: Period) -> dict[str, Any]:
-    records = [json.loads(p.read_text()) for p in (store.meta / "ledger" / group / period.slug).glob("[!.]*.json")]
+    if not store.meta.is_dir():  # a copy without its ledger
+        return {"period": str(period)}
+    records = store.records(group, period)
     pixel = (store.grid(group).resolution / 1000) ** 2
     wanted, observed, mine = (sum(_km2(r, of, pixel) for r in records) for of in ("wanted", "observed", "mine"))
     return {
@@ -82,12 +83,17 @@ def told(about: dict[str, Any]) -> str:
     for zone in about["zones"]:
         extent = " ".join(f"{n:.0f}" for n in zone["bounds"]) or "nothing yet"
         lines.append(f"  {zone['zone']}  EPSG:{zone['epsg']}, {zone['resolution']:g} m, extent {extent}")
-        lines += [
-            f"    {p['period']}: {p['super_tiles']} super-tiles, {p['km2_computed']:,.1f} km² computed, "
-            f"{p['observed_fraction']:.1%} observed, {p['km2_mine']:,.2f} km² of mine, {p['items']} items"
-            for p in zone["periods"]
-        ]
+        lines += [f"    {period['period']}: {_told(period)}" for period in zone["periods"]]
     return "\n".join(lines)
+
+
+def _told(period: dict[str, Any]) -> str:
+    if "super_tiles" not in period:
+        return "how much is done is not known, the .meta folder beside the map is missing"
+    return (
+        f"{period['super_tiles']} super-tiles, {period['km2_computed']:,.1f} km² computed, "
+        f"{period['observed_fraction']:.1%} observed, {period['km2_mine']:,.2f} km² of mine, {period['items']} items"
+    )
 
 
 def model_list() -> list[dict[str, str]]:

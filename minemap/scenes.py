@@ -22,7 +22,7 @@ from shapely.geometry import box, shape
 
 from .errors import CatalogueError, InputError, NoItemsError
 from .grid import BBox, Grid, cell_grid, continuous_lonlat
-from .sensors import Sensor, asset_key, one_sensor, sensor_named, sensor_of
+from .sensors import Sensor, asset_key, one_sensor, scaling, sensor_named, sensor_of
 from .sentinel2 import BANDS, RESOLUTION, SCL, Item, baseline
 
 SOURCES = {
@@ -121,7 +121,11 @@ def source(name: str | Path = "earth-search", collection: str | None = None) -> 
     if name in SOURCES:
         other = os.environ.get(PLANETARY_COMPUTER) if name == "planetary-computer" else None
         return Source(name, other or SOURCES[name], collection or COLLECTION)
-    if urlsplit(name).scheme in ("http", "https"):
+    if name.startswith(("http://", "https://")):
+        try:
+            urlsplit(name)
+        except ValueError as error:
+            raise InputError(f"STAC source {name!r} is no address: {error}") from error
         return Source(name, name, collection or COLLECTION)
     if Path(name).is_file():
         return Source(name, str(Path(name).resolve()), collection or "", is_file=True)
@@ -155,6 +159,7 @@ def search(
     collection: str | None = None,
     max_cloud: float = 60.0,
     months: tuple[int, ...] = (),
+    exclude: tuple[str, ...] = (),
 ) -> list[Item]:
     """The items over `bbox` (degrees; west > east crosses the antimeridian) in a period, as plain STAC JSON.
 
@@ -167,6 +172,7 @@ def search(
     tally = Tally()
     items = list({item["id"]: item for item in _fetch(where, bbox, when)}.values())
     tally.found = len(items)
+    items = tally.keep(items, (item["id"] not in exclude for item in items), "--exclude")
     items = _filter(items, tally, when=when, max_cloud=max_cloud, months=months)
     if not items:
         box_text = " ".join(f"{n:g}" for n in bbox)
@@ -279,14 +285,19 @@ def _clean(item: Item, *, base: str | Path) -> Item:
     keys = filter(None, (asset_key(item, band) for band in (*BANDS, SCL)))
     assets = {key: _clean_asset(item["assets"][key], base) for key in keys}
     properties = _with_epsg(item["properties"])
-    moment({"properties": properties, "id": item["id"]})
-    names = ("type", "stac_version", "id", "collection", "bbox", "geometry")
+    properties["datetime"] = moment({"properties": properties, "id": item["id"]}).isoformat()
+    names = ("type", "stac_version", "collection", "bbox", "geometry")
     kept: Item = {name: item[name] for name in names if name in item}
     if not kept.get("bbox"):
         kept["bbox"] = list(shape(item["geometry"]).bounds)
     own = _self_link(item)
     links = [{"rel": "self", "href": _absolute(own, base)}] if own else []
-    return {**kept, "properties": properties, "assets": assets, "links": links}
+    cleaned = {**kept, "id": str(item["id"]), "properties": properties, "assets": assets, "links": links}
+    try:  # what is asked of an item later on
+        cloud(cleaned), scaling(cleaned), [urlsplit(asset["href"]) for asset in assets.values()]
+    except (ValueError, TypeError, ZeroDivisionError) as error:
+        raise ValueError(f"item {item['id']}: {_first_line(error)}") from error
+    return cleaned
 
 
 def _clean_asset(asset: dict[str, Any], base: str | Path) -> dict[str, Any]:

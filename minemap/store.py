@@ -34,7 +34,7 @@ from filelock import FileLock, Timeout
 from pyproj import CRS
 from zarr.codecs import ZstdCodec
 
-from .errors import InputError, StoreError
+from .errors import DamagedTileError, InputError, StoreError
 from .grid import WINDOW, Grid
 from .inference import NOT_OBSERVED
 from .scenes import Period
@@ -87,7 +87,12 @@ class Store:
         """The store of a name as a user gives it. Raises InputError for an object store's address."""
         if "://" in str(out):
             raise InputError(f"output {out} is an address: stores are local folders or shared file systems")
-        return Store(Path(out).expanduser().resolve(), kind)
+        path = Path(out).expanduser().resolve()
+        try:
+            path.exists()
+        except OSError as error:
+            raise InputError(f"output {str(out)[:80]!r}: {error.strerror}, choose another name") from error
+        return Store(path, kind)
 
     @property
     def meta(self) -> Path:
@@ -102,10 +107,12 @@ class Store:
         """The root's attributes; StoreError when what is there is not a store of ours and of our kind."""
         try:
             attributes = dict(zarr.open_group(self.path, mode="r").attrs)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise StoreError(f"{self.path} is not a minemap store: {_reason(self.path)}") from error
-        if "minemap:layout" not in attributes:
+        if not {"minemap:layout", "parameters"} <= attributes.keys():
             raise StoreError(f"{self.path} is a Zarr store, but not one of minemap; choose another output")
+        if (layout := attributes["minemap:layout"]) != VERSION:
+            raise StoreError(f"{self.path} has layout {layout}, this minemap knows {VERSION}: use that which made it")
         kind = attributes.get("minemap:kind", "map")
         if kind != self.kind:
             raise StoreError(f"{self.path} is a store of kind {kind!r}, not {self.kind!r}: give another")
@@ -113,6 +120,8 @@ class Store:
 
     def check(self, parameters: dict[str, Any], grids: list[Grid], *, overwrite: bool = False) -> None:
         """Whether a run with `parameters` over `grids` may write here; touches nothing. Raises StoreError."""
+        if self.meta.exists() and not self.meta.is_dir():
+            raise StoreError(f"{self.meta} is a file, and the folder beside the store: choose another output")
         if not self.exists():
             parent = next(p for p in self.path.absolute().parents if p.exists())
             if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
@@ -123,6 +132,11 @@ class Store:
             raise StoreError(f"{self.path} is not writable; choose another output")
         if overwrite:
             return
+        if not any((self.meta / name).exists() for name in (MAKING, "cells", "ledger")):
+            raise StoreError(
+                f"{self.path} has lost {self.meta.name}, which tells what of it is done: put it beside the store "
+                "again, choose another output, or --overwrite"
+            )
         for name, value in parameters.items():
             if stored["parameters"].get(name) != value:
                 raise StoreError(
@@ -291,10 +305,18 @@ class Store:
             _array(zone, name)[(y, x) if index is None else (index, ..., y, x)] = data
 
     def read_tile(self, tile: Grid, index: int | None, name: str) -> np.ndarray:
+        """A layer of a super-tile or a part of it, (…, y, x), as stored. Raises DamagedTileError."""
         zone = self._zone(tile.group, "r")
         row, column = tile.offset_in(self.grid(tile.group))
         y, x = slice(row, row + tile.height), slice(column, column + tile.width)
-        return np.asarray(_array(zone, name)[(y, x) if index is None else (index, ..., y, x)])
+        try:
+            return np.asarray(_array(zone, name)[(y, x) if index is None else (index, ..., y, x)])
+        except (RuntimeError, ValueError) as error:  # zstd's checksum, and the index of a shard
+            bounds = " ".join(f"{n:.0f}" for n in tile.bounds)
+            raise DamagedTileError(
+                f"{self.path / tile.group / name} is damaged within {bounds}: the command that made it makes that "
+                "place again"
+            ) from error
 
     def read_around(self, wanted: Grid, index: int, name: str) -> np.ndarray:
         """Like `read_tile`, of a place that may reach beyond what the store covers: 0 there."""
@@ -320,22 +342,29 @@ class Store:
 
     def record(self, tile: Grid, period: Period) -> dict[str, Any] | None:
         """What the ledger says of a finished super-tile, None when it is not finished."""
-        try:
-            found = json.loads(self.record_path(tile, period).read_text())
-        except FileNotFoundError:
-            return None
-        return found if self.making in (None, found.get("making")) else None
+        found = _read_json(self.record_path(tile, period))
+        return found if found and self.making in (None, found.get("making")) else None
+
+    def records(self, group: str, period: Period) -> list[dict[str, Any]]:
+        """All that the ledger says of a period."""
+        found = map(_read_json, sorted((self.meta / "ledger" / group / period.slug).glob("[!.]*.json")))
+        return [record for record in found if record]
 
     def write_record(self, tile: Grid, period: Period, record: dict[str, Any]) -> None:
         self._check_making()
         own = {} if self.making is None else {"making": self.making}
         write_atomically(self.record_path(tile, period), json.dumps({**record, **own}))
 
-    def mark_stale(self, group: str, cell: tuple[int, int], period: Period) -> None:
-        """Super-tiles of a cell that were made from other scenes than now are to be made again."""
-        for tile in self.done(group, period):
-            if tile.cell == cell:
-                self.write_record(tile, period, {**(self.record(tile, period) or {}), "stale": True})
+    def keep_failure(self, tile: Grid, period: Period, text: str) -> None:
+        """Why a super-tile could not be made, until the next run over the store begins."""
+        name = f"{tile.group}_{period.slug}_{self.record_path(tile, period).stem}"
+        write_atomically(self.meta / "failed" / name, text)
+
+    def failures(self) -> list[str]:
+        return [path.read_text() for path in sorted((self.meta / "failed").glob("[!.]*"))]
+
+    def forget_failures(self) -> None:
+        shutil.rmtree(self.meta / "failed", ignore_errors=True)
 
     # --- scenes -------------------------------------------------------------------------------------------------
 
@@ -351,6 +380,11 @@ class Store:
             return json.loads(self.cell_path(group, cell, period).read_text())
         except FileNotFoundError:
             return None
+
+    def scenes_of(self, group: str, cell: tuple[int, int], period: Period) -> str:
+        """What tells the frozen choice of a cell from any other; "" where there is none."""
+        chosen = self.read_cell(group, cell, period)
+        return "" if chosen is None else hashlib.sha256(json.dumps(chosen).encode()).hexdigest()
 
     def write_items(self, items: list[Item]) -> None:
         """Adds items to those that were used, one file each and all in `items.json`, an ItemCollection."""
@@ -379,11 +413,21 @@ def write_atomically(path: Path, text: str) -> None:
     data = gzip.compress(text.encode(), mtime=0) if path.suffix == ".gz" else text.encode()
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as draft:
         draft.write(data)
+        draft.flush()
+        os.fsync(draft.fileno())  # before the name is there: a power cut must not leave an empty file under it
     try:
         Path(draft.name).chmod(0o666 & ~_umask())
         Path(draft.name).replace(path)
     finally:
         Path(draft.name).unlink(missing_ok=True)
+
+
+def _read_json(path: Path) -> Any:
+    """What a file of ours says, None where there is none or it is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def check_file(path: Path, role: str = "output") -> None:
@@ -413,7 +457,7 @@ def open_map(path: str | Path, zone: str | None = None) -> xr.Dataset:
     Trimmed to the super-tiles that are done and sorted by time. probability: float32 per cent, NaN not observed.
     zone: the group, needed where there are several. Raises StoreError, InputError.
     """
-    store = Store(Path(path))
+    store = Store.at(path)
     store.attributes()
     names = store.groups()
     if zone is None and len(names) != 1:
@@ -429,7 +473,8 @@ def open_map(path: str | Path, zone: str | None = None) -> xr.Dataset:
     data = data.assign({n: data[n].chunk({d: chunks[d] for d in data[n].dims if d in chunks}) for n in present})
     if "composite" in data:
         data = data.assign_coords(band=data["composite"].attrs["bands"])
-    return _trimmed(data, store, group, shards[-1]).sortby("time")
+    in_time = np.lexsort(data["time_bounds"].values.T[::-1])  # by first day, then by last
+    return _trimmed(data, store, group, shards[-1]).isel(time=in_time)
 
 
 def _trimmed(data: xr.Dataset, store: Store, group: str, chunk: int) -> xr.Dataset:

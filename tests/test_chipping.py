@@ -246,8 +246,8 @@ def test_no_items_and_nothing_observed(land, tmp_path):
     with pytest.raises(NoItemsError, match="no items in"):
         make_chips(polygons, "2019", tmp_path / "chips.zarr", stac=items, rule=FINE)
     assert not list(tmp_path.iterdir())
-    with pytest.raises(NoItemsError, match=r"none of \d+ chips was observed .* --min-clear \(it is 30\)"):
-        make_chips(polygons, "2023", tmp_path / "chips.zarr", stac=items, rule=FINE, min_clear=30)
+    with pytest.raises(NoItemsError, match=r"none of \d+ chips was observed .* --min-clear \(it is 24\)"):
+        make_chips(polygons, "2023", tmp_path / "chips.zarr", stac=items, rule=FINE, min_clear=24)
     assert not (tmp_path / "chips.zarr").exists()
 
 

@@ -37,7 +37,9 @@ BAD = {
     "unknown model": (("--model", "nonesuch"), "no model 'nonesuch'"),
     "months": (("--months", "0-13"), "numbers from 1 to 12"),
     "cloud": (("--max-cloud", "101"), "it is a percentage"),
-    "no scenes": (("--max-scenes", "0"), "at least one acquisition"),
+    "no scenes": (("--max-scenes", "0"), "max_scenes is 0, and a pixel needs 3 clear looks"),
+    "west over east": (("--bbox", "-62", "6", "-63", "7"), "west -62.0 lies east of -63.0"),
+    "no address": (("--stac", "http://[bad"), "is no address"),
     "scl": (("--mask-scl", "1,99"), "run from 0 to 11"),
     "aoi": (("--aoi", "nothing.geojson"), "can't be read as a vector file"),
     "empty": (("--date", "1999"), "10 found|removed"),
@@ -190,6 +192,33 @@ def test_a_reader_that_has_gone_is_no_failure():
     done = subprocess.run(words, stdout=here, stderr=subprocess.PIPE, check=False)
     os.close(here)
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_nobody_listening_for_warnings_is_no_end(scene, model, tmp_path):
+    there, here = os.pipe()
+    os.close(there)
+    words = ["map", "--bbox", *BOX, "--date", "2023", "--stac", scene.items, "--model", model, "--chunk", "512"]
+    command = [sys.executable, "-m", "minemap", *map(str, words), "--out", str(tmp_path / "map.zarr"), "--json"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=here, check=False)
+    os.close(here)
+    assert done.returncode == 0 and json.loads(done.stdout)["super_tiles_done"] > 0
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--bbox", "-63.", "6", "-62.5", "7"),
+        ("--bbox", "-63,", "6,", "-62.5,", "7"),
+        ("--bbox", "-63,6,-62.5,7"),
+        ("--bbox=-63,6,-62.5,7",),
+        ("--bbox", "-6.3e1", "6", "-62.5", "7"),
+    ],
+)
+def test_a_box_in_any_spelling(words):
+    from minemap.cli import _split_bbox, parser
+
+    found = parser().parse_args(_split_bbox(["map", *words, "--date", "2023", "--out", "x=-1"]))
+    assert [float(n) for n in found.bbox] == [-63, 6, -62.5, 7] and found.out == "x=-1"
 
 
 @pytest.mark.parametrize(

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import rasterio
+import rasterio.shutil
 from affine import Affine
 from conftest import RangeHandler, item, item_file, write_tif
 
-from minemap.cube import load_cube, load_layers
+from minemap.compositing import composite
+from minemap.cube import READERS, load_cube, load_layers
 from minemap.errors import InputError, ReadError
 from minemap.grid import Grid, grids
 from minemap.reader import Access, address_of, read_overview
@@ -113,7 +116,10 @@ def test_missing_assets_are_absent_and_never_dropped(items, grid):
 
 def test_items_elsewhere_leave_an_empty_cube(items):
     away = Grid(32620, 700_000.0, 100_000.0, 64, 64)
-    assert load_cube(items, away).shape == (0, 6, 64, 64)
+    empty = load_cube(items, away)
+    assert empty.shape == (0, 6, 64, 64)
+    image = composite(empty).compute()
+    assert image.dims == ("band", "y", "x") and np.isnan(image).all() and (image["observations"] == 0).all()
 
 
 def test_unknown_reader(items, grid):
@@ -185,6 +191,32 @@ def test_redirects_must_stay_among_the_allowed_hosts(tmp_path, serve):
         read_overview(f"{address}/round.tif", access)
 
 
+def test_redirects_of_get_alone_and_for_a_while(tmp_path, serve, monkeypatch):
+    write_tif(tmp_path / "real.tif", np.full((8, 8), 7, np.uint16), 32620, Affine(10, 0, 0, 0, -10, 0))
+    files, told = serve(tmp_path), []
+    monkeypatch.setattr("minemap.reader.PAUSE", 0.01)
+
+    class Elsewhere(RangeHandler):
+        def faults(self) -> bool:  # type: ignore[override]
+            if self.command == "HEAD":
+                self.send_error(404)
+                return True
+            told.append(self.path)
+            host = "localhost" if self.path == "/out.tif" else "127.0.0.1"
+            name = "gone" if told.count("/once.tif") == 1 else "real"  # where it led at first is there no longer
+            self.send_response(302)
+            self.send_header("Location", f"{files.replace('127.0.0.1', host)}/{name}.tif")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return True
+
+    address, access = serve(tmp_path, Elsewhere), Access(local=False, hosts=("127.0.0.1",))
+    with pytest.raises(ReadError, match="host localhost is not allowed"):
+        read_overview(f"{address}/out.tif", access)
+    assert read_overview(f"{address}/once.tif", access).max() == 7
+    assert told.count("/once.tif") == 2
+
+
 def test_a_vrt_dressed_as_tif_is_not_opened(tmp_path):
     secret = write_tif(tmp_path / "secret.tif", np.full((8, 8), 7, np.uint16), 32620, Affine(10, 0, 0, 0, -10, 0))
     dressed = tmp_path / "dressed.tif"
@@ -196,6 +228,17 @@ def test_a_vrt_dressed_as_tif_is_not_opened(tmp_path):
         assert source.read(1).max() == 7
     with pytest.raises(ReadError, match="can't be read"):
         read_overview(str(dressed), Access())
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_neither_reader_opens_a_vrt(items, grid, scene, reader, tmp_path):
+    secret = Path(scene.items.parent, items[0]["assets"]["blue"]["href"])
+    with rasterio.open(secret) as source, rasterio.vrt.WarpedVRT(source) as vrt:
+        rasterio.shutil.copy(vrt, tmp_path / "blue.vrt", driver="VRT")
+    dressed = (tmp_path / "blue.vrt").rename(tmp_path / "blue.tif")
+    assets = {**items[0]["assets"], "blue": {**items[0]["assets"]["blue"], "href": str(dressed)}}
+    with pytest.raises(ReadError, match=r"blue\.tif.* can't be read"):
+        load_cube([{**items[0], "assets": assets}], grid, bands=("blue",), reader=reader).compute()
 
 
 # --- servers that fail ------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import xarray as xr
 
 from minemap import predict
 from minemap.checkpoint import load_model
+from minemap.errors import InputError
 from minemap.grid import Grid
 from minemap.inference import Settings, percent, probability
 from minemap.scenes import HALO
@@ -129,6 +130,22 @@ def test_lazy_prediction_is_the_zones_own_whatever_the_chunks_and_the_cut(model)
     # pixels whose windows all lie inside both arrays: that of the row of 512, those of the columns of 256 to 768
     np.testing.assert_array_equal(cut.values[316:508, 123:827], reference[416:608, 160:864])
     assert cut["y"].values[0] == image["y"].values[100]
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        (lambda i: i.assign_coords(x=i.x - 5, y=i.y + 5), "is off the zone's lattice"),  # corners, as stackstac has
+        (lambda i: i.isel(y=slice(None, None, -1)), "y descending"),
+        (lambda i: i.assign_coords(x=i.x / 1e5, y=i.y / 1e5), "in the metres of a UTM zone"),
+        (lambda i: i.drop_vars("band"), "image has no names of its bands"),
+    ],
+    ids=["corners", "upwards", "degrees", "bands"],
+)
+def test_images_off_the_lattice_are_refused(model, changed, told):
+    image = array(picture(256, 256), Grid(32620, 450_560.0, 696_320.0, 256, 256))
+    with pytest.raises(InputError, match=told):
+        predict(changed(image), load_model(model))
 
 
 def test_a_missing_band_counts_as_absent(model):

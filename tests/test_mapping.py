@@ -25,10 +25,10 @@ from minemap.checkpoint import DEFAULT_MODEL, available, load_model
 from minemap.cluster import ClusterError
 from minemap.compositing import Rule, composite
 from minemap.demo import DemoConfig, make_demo
-from minemap.errors import InputError, StoreError
+from minemap.errors import DamagedTileError, InputError, NoItemsError, ReadError, StoreError
 from minemap.mapping import in_zone, plan
-from minemap.report import describe, estimate
-from minemap.scenes import Scenes, search
+from minemap.report import describe, estimate, told
+from minemap.scenes import Scenes, moment, parse_period, search
 from minemap.store import Store, write_atomically
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*no SCL:UserWarning")
@@ -188,7 +188,7 @@ def test_years_and_areas_merge_into_a_zone_store(scene, options, model, tmp_path
     map_area((west, south, middle, north), "2023-01/2023-06", out, **words)
     data = open_map(out)
     assert data.sizes["time"] == 2 and data.sizes["x"] <= 4 * 512
-    assert [str(t)[:10] for t in data["time_bounds"].values[:, 1]] == ["2023-12-31", "2023-06-30"]
+    assert [str(t)[:10] for t in data["time_bounds"].values[:, 1]] == ["2023-06-30", "2023-12-31"]
     once = tmp_path / "once.zarr"
     map_area(scene.bbox, "2023", once, **{**options, "min_clear": 1})
     one, two = overlap(stored(out), stored(once))
@@ -240,6 +240,109 @@ def test_refresh_makes_tiles_with_new_scenes_again(inner, options, scene, tmp_pa
     fresh = tmp_path / "fresh.zarr"
     map_area(inner, "2023", fresh, **words)
     np.testing.assert_array_equal(stored(out).values, stored(fresh).values)
+
+
+def test_what_a_catalogue_has_lost_for_now_stays_mapped(inner, options, scene, tmp_path):
+    some, out = own_catalogue(scene, tmp_path), tmp_path / "map.zarr"
+    words = {**options, "stac": some}
+    map_area(inner, "2023", out, **words)
+    catalogue = json.loads(some.read_text())
+    for found in catalogue["features"]:
+        found["geometry"], found["bbox"] = box(10, 10, 11, 11).__geo_interface__, [10, 10, 11, 11]
+    some.write_text(json.dumps(catalogue))
+    with pytest.raises(NoItemsError, match="no items"):
+        map_area(inner, "2023", out, refresh=True, **words)
+    assert map_area(inner, "2023", out, **words)["super_tiles_computed"] == 0
+
+
+def own_catalogue(scene, folder):
+    """The scene's items in a file of its own, with whole paths."""
+    catalogue = json.loads(scene.items.read_text())
+    for found in catalogue["features"]:
+        for asset in found["assets"].values():
+            asset["href"] = str(scene.items.parent / asset["href"])
+    path = folder / "items.json"
+    path.write_text(json.dumps(catalogue))
+    return path
+
+
+def test_an_unreadable_asset_costs_its_super_tiles_only(inner, options, scene, tmp_path):
+    some, out = own_catalogue(scene, tmp_path), tmp_path / "map.zarr"
+    catalogue = json.loads(some.read_text())
+    broken = catalogue["features"][2]
+    for asset in broken["assets"].values():  # it covers a kilometre in the south-east, which one super-tile looks at
+        side = int(asset["proj:transform"][0])
+        asset |= {"proj:shape": [1000 // side] * 2, "proj:transform": [side, 0, 463_000, 0, -side, 689_000]}
+    broken["assets"]["red"]["href"] = str(tmp_path / "missing.tif")
+    some.write_text(json.dumps(catalogue))
+    words = {**options, "stac": some}
+    told = f"1 of 4 super-tiles can't be read, the others are done: item {broken['id']}, asset .*--exclude ID"
+    with pytest.raises(ReadError, match=told):
+        map_area(inner, "2023", out, **words)
+    assert len(list(Store(out).meta.glob("ledger/*/*/[!.]*"))) == 3
+    with pytest.raises(ReadError, match=told):  # the same command tries again
+        map_area(inner, "2023", out, **words)
+    healed = map_area(inner, "2023", out, exclude=(broken["id"],), **words)
+    assert healed["super_tiles_done"] == healed["super_tiles"] == 4
+    without = tmp_path / "without.zarr"
+    some.write_text(json.dumps({**catalogue, "features": [f for f in catalogue["features"] if f is not broken]}))
+    map_area(inner, "2023", without, **words)
+    np.testing.assert_array_equal(stored(out).values, stored(without).values)
+
+
+def test_damaged_records_and_shards_are_made_again(inner, options, tmp_path):
+    out = tmp_path / "map.zarr"
+    map_area(inner, "2023", out, **options)
+    before, store = stored(out).values, Store(out)
+    first, *_ = sorted(store.meta.glob("ledger/*/*/[!.]*"))
+    first.write_text("")  # as a power cut may leave it
+    assert describe(out)["zones"][0]["periods"][0]["super_tiles"] == 3
+    assert map_area(inner, "2023", out, **options)["super_tiles_computed"] == 1
+    shard = max((out / "utm32620" / "probability" / "c").rglob("*"), key=lambda p: p.stat().st_size * p.is_file())
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 3] ^= 1
+    shard.write_bytes(data)
+    tile = store.grid("utm32620")
+    with pytest.raises(DamagedTileError, match=r"is damaged within .* makes that place again"):
+        store.read_tile(tile, 0, "probability")
+    assert map_area(inner, "2023", out, **options)["super_tiles_computed"] == 1
+    np.testing.assert_array_equal(stored(out).values, before)
+
+
+def test_a_map_without_its_meta_folder_is_not_gone_on_with(inner, options, tmp_path):
+    out = tmp_path / "map.zarr"
+    map_area(inner, "2023", out, **options)
+    shutil.move(Store(out).meta, tmp_path / "elsewhere")
+    with pytest.raises(StoreError, match=r"has lost map\.zarr\.meta"):
+        map_area(inner, "2023", out, **options)
+    about = describe(out)
+    assert about["zones"][0]["periods"] == [{"period": "2023-01-01/2023-12-31"}]
+    assert "is not known" in told(about)
+    shutil.move(tmp_path / "elsewhere", Store(out).meta)
+    assert map_area(inner, "2023", out, **options)["super_tiles_computed"] == 0
+
+
+def test_a_record_of_other_scenes_does_not_count(inner, options, tmp_path):
+    """A task that outlived its run may end after a refresh has frozen other scenes."""
+    out = tmp_path / "map.zarr"
+    map_area(inner, "2023", out, **options)
+    store, period = Store(out).bound(), parse_period("2023")
+    tile = store.done("utm32620", period)[0]
+    store.write_record(tile, period, {**store.record(tile, period), "scenes": "others"})
+    assert map_area(inner, "2023", out, **options)["super_tiles_computed"] == 1
+
+
+def test_a_name_too_long_for_a_store():
+    with pytest.raises(InputError, match="File name too long, choose another name"):
+        Store.at("x" * 300)
+
+
+def test_a_store_of_another_layout_is_refused(inner, options, tmp_path):
+    out = tmp_path / "map.zarr"
+    map_area(inner, "2023", out, **options)
+    zarr.open_group(out, mode="r+").attrs["minemap:layout"] = 99
+    with pytest.raises(StoreError, match="has layout 99, this minemap knows 1"):
+        open_map(out)
 
 
 def test_half_made_zones_and_periods_are_mended(inner, options, tmp_path):
@@ -298,9 +401,12 @@ def test_two_runs_on_one_store(made, inner, options):
 def test_min_clear_months_and_max_scenes_reach_the_map(inner, options, tmp_path):
     few = map_area(inner, "2023", tmp_path / "a.zarr", max_scenes=2, min_clear=1, **options)
     assert stored(tmp_path / "a.zarr", "observations").values.max() <= 2
-    none = map_area(inner, "2023", tmp_path / "b.zarr", max_scenes=2, min_clear=3, **options)
+    month = str(moment(search(inner, "2023", stac=options["stac"])[0]).month)  # in which there are a look or two
+    none = map_area(inner, "2023", tmp_path / "b.zarr", months=month, min_clear=3, **options)
     assert few["km2_observed"] > 0 and none["km2_observed"] == 0 and none["km2_mine"] == 0
     assert (stored(tmp_path / "b.zarr").values == 255).all()
+    with pytest.raises(InputError, match="max_scenes is 2, and a pixel needs 3 clear looks"):
+        map_area(inner, "2023", tmp_path / "c.zarr", max_scenes=2, **options)
     half = map_area(inner, "2023", tmp_path / "c.zarr", months="1-6", min_clear=1, **options)
     assert 0 < half["items"] < 8
 
@@ -348,7 +454,7 @@ def test_what_is_left_of_a_run_cannot_write_into_the_next_ones_map(inner, option
     out = tmp_path / "map.zarr"
     first = plan(inner, "2023", out, max_scenes=3, **options)
     left = mapping._job(first, Store.at(out), mapping._prepare(first, Store.at(out)), 1)
-    again = plan(inner, "2023", out, max_scenes=2, overwrite=True, **options)
+    again = plan(inner, "2023", out, max_scenes=4, overwrite=True, **options)
     job = mapping._job(again, Store.at(out), mapping._prepare(again, Store.at(out)), 1)
     work = again.work[0]
     with pytest.raises(StoreError, match="was made anew while this run was writing to it"):

@@ -74,6 +74,29 @@ def test_item_files_come_in_several_shapes(tmp_path):
         search(BOX, "2023", stac=path)
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"properties": {"eo:cloud_cover": "n/a"}}, "item x: could not convert string to float"),
+        ({"properties": {"datetime": None}}, "item x has no datetime"),
+        ({"assets": {"blue": {"href": "http://[bad"}}}, "item x: Invalid IPv6 URL"),
+        ({"assets": {"blue": {"href": "/b.tif", "raster:bands": [{"scale": 0, "offset": 1}]}}}, "item x: .*by zero"),
+    ],
+)
+def test_a_malformed_item_is_named(tmp_path, changes, told):
+    made = item("x", "2023-05-01", (-63.4, 6.2, -63.3, 6.3), {"blue": "/b.tif"})
+    made = {**made, **changes, "properties": {**made["properties"], **changes.get("properties", {})}}
+    with pytest.raises(CatalogueError, match=told):
+        search((-63.4, 6.2, -63.3, 6.3), "2023", stac=item_file(tmp_path / "items.json", [made]))
+
+
+def test_the_start_stands_for_a_moment_that_is_not_told(tmp_path):
+    made = item("x", "2023-05-01", (-63.4, 6.2, -63.3, 6.3), {"blue": "/b.tif"})
+    made["properties"] |= {"start_datetime": made["properties"].pop("datetime")}
+    (found,) = search((-63.4, 6.2, -63.3, 6.3), "2023", stac=item_file(tmp_path / "items.json", [{**made, "id": 7}]))
+    assert found["properties"]["datetime"].startswith("2023-05-01") and found["id"] == "7"
+
+
 def test_newest_baseline_wins_and_datastrips_stay():
     code = {"s2:datatake_id": "GS2A_20230101T100031_042590_N02.14", "grid:code": "MGRS-20NMM"}
     old = item("S2A_20NMM_20230101_0_L2A", "2023-01-01", BOX, HREFS, **code, **{"s2:processing_baseline": "02.14"})

@@ -316,6 +316,7 @@ def _parameters(
         "collection": where.collection,
         "max_cloud": o.max_cloud,
         "max_scenes": o.max_scenes,
+        "exclude": sorted(o.exclude),
         "months": list(parse_months(o.months)),
         "composite": _composite_rule(o).as_dict(),
         "reader": o.reader,
@@ -371,7 +372,8 @@ def _freeze(target: Store, places: list[Grid], where: Source, when: Period, o: O
 
 
 def _found(bbox: BBox, where: Source, when: Period, o: Options) -> Scenes:
-    items = search(bbox, when, stac=where, max_cloud=o.max_cloud, months=parse_months(o.months))
+    months = parse_months(o.months)
+    items = search(bbox, when, stac=where, max_cloud=o.max_cloud, months=months, exclude=o.exclude)
     return Scenes(items, o.max_scenes)
 
 
