@@ -48,13 +48,13 @@ def test_every_method_is_in_a_table() -> None:
 def test_bootstrap_of_equal_methods_is_zero(rows: list[dict]) -> None:
     counts = study.by_method(rows)["fpn_fine"]
     stacked = np.stack([counts[d] for d in range(3)])
-    assert np.abs(study.bootstrap(stacked, stacked, 50)).max() == 0
+    assert np.abs(study.bootstrap(stacked, stacked, study.mean_miou, 50)).max() == 0
 
 
 def test_bootstrap_interval_covers_the_difference(rows: list[dict]) -> None:
     counts = study.by_method(rows)
     ours, theirs = (np.stack([counts[m][d] for d in range(3)]) for m in ("minec2fnet", "fpn_fine"))
-    low, high = np.percentile(study.bootstrap(ours, theirs, 400), [2.5, 97.5])
+    low, high = np.percentile(study.bootstrap(ours, theirs, study.mean_miou, 400), [2.5, 97.5])
     exact = np.mean([r["miou"] * (1 if r["method"] == "minec2fnet" else -1) for r in rows]) * 2
     assert 0 < low < exact < high
 

@@ -12,7 +12,6 @@ threshold. The validation split is read once, at the end of a run.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -34,8 +33,9 @@ from minemap.training.config import TrainConfig, make_config
 from minemap.training.evaluate import padded, padding, predict_chips
 from minemap.training.loop import THRESHOLD_RULE, keep_freed_memory, load_sets, make_recipe
 from minemap.training.losses import LossWeights, student_loss
+from minemap.training.study import paired, read, write
 
-RESULTS, POOL = "results.jsonl", "pool"
+POOL = "pool"
 BASE: dict[str, Any] = {
     "architecture": "minenetcd",
     "start": DEFAULT_MODEL,
@@ -72,14 +72,9 @@ def run(chips: str, out: Path, *, seeds: Sequence[int], maps: bool = True) -> No
     done = {(row["seed"], row["method"]) for row in read(out)}
     for seed in seeds:
         if left := [method for method in METHODS if (seed, method) not in done]:
-            _write(out, run_seed(chips, out, seed=seed, methods=left))
+            write(out, run_seed(chips, out, seed=seed, methods=left))
     if maps and (0, MAPS) not in done:
-        _write(out, [{"seed": 0, "method": MAPS, **difference_of_maps(chips)}])
-
-
-def _write(out: Path, rows: list[dict[str, Any]]) -> None:
-    with (out / RESULTS).open("a") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+        write(out, [{"seed": 0, "method": MAPS, **difference_of_maps(chips)}])
 
 
 def run_seed(chips: str, out: Path, *, seed: int, methods: list[str]) -> list[dict[str, Any]]:
@@ -224,12 +219,6 @@ def change_scores(counts: NDArray[np.int64]) -> dict[str, float]:
     return {key: 100 * (found | {"ciou": found["mine_iou"]})[key] for key in KEYS}
 
 
-def read(out: Path) -> list[dict[str, Any]]:
-    """The lines of results there are."""
-    path = out / RESULTS
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def table(rows: list[dict[str, Any]], samples: int = 2000) -> str:
     """Markdown: scores of the change class, means over seeds (range), and the paired gain of ChangeFFT in F1."""
     lines = ["| | method | seeds | F1 | cIoU | precision | recall | OA |", "|---|---|---|---|---|---|---|---|"]
@@ -266,10 +255,7 @@ def _paired(rows: list[dict[str, Any]], direction: str, samples: int) -> str:
     if not seeds:
         return ""
     a, b = (np.stack([found[seed] for seed in seeds]) for found in (ours, theirs))
-    rng = np.random.default_rng(0)
-    picks = [np.ix_(*(rng.integers(n, size=n) for n in a.shape[:2])) for _ in range(samples)]
-    low, high = np.percentile([_f1(a[p]) - _f1(b[p]) for p in picks], [2.5, 97.5])
-    return f"ChangeFFT adds {_f1(a) - _f1(b):+.1f} ({low:+.1f} to {high:+.1f}) to the F1 of {direction}."
+    return f"ChangeFFT adds {paired(a, b, _f1, samples)} to the F1 of {direction}."
 
 
 def _f1(counts: NDArray[np.int64]) -> float:

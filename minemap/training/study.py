@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from minemap.training.coarse import COARSENINGS
 from minemap.training.config import make_config
 
 RESULTS = "results.jsonl"
+Counts = NDArray[Any]  # numbers, (run, block, 4): tn, fp, fn, tp, blocks in one order
 THRESHOLD = 0.5  # the paper's; those chosen on 16 chips were 0.86 to 0.95 in a pilot, and cost three to nine points
 BASE: dict[str, Any] = {
     "rows": "fine",
@@ -116,9 +117,7 @@ def run(chips: str, out: Path, *, draws: int, methods: Iterable[str], coarse: st
     for draw in range(draws):
         for method in dict.fromkeys([TEACHER, *methods]):
             if (draw, method) not in done:
-                row = run_one(chips, out, draw=draw, method=method, coarse=coarse)
-                with (out / RESULTS).open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+                write(out, [run_one(chips, out, draw=draw, method=method, coarse=coarse)])
 
 
 def run_one(chips: str, out: Path, *, draw: int, method: str, coarse: str) -> dict[str, Any]:
@@ -150,6 +149,12 @@ def read(out: Path) -> list[dict[str, Any]]:
     """The lines of results there are."""
     path = out / RESULTS
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def write(out: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Adds lines of results."""
+    with (out / RESULTS).open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def tables(rows: list[dict[str, Any]]) -> str:
@@ -190,27 +195,26 @@ def _interval(counts: dict[str, dict[int, NDArray[np.float64]]], method: str, re
     if not shared or method == reference:
         return ""
     ours, theirs = (np.stack([counts[m][d] for d in shared]) for m in (method, reference))
-    differences = bootstrap(ours, theirs, samples)
-    low, high = np.percentile(differences, [2.5, 97.5])
-    return f"{_miou(ours.sum(1)).mean() - _miou(theirs.sum(1)).mean():+.1f} ({low:+.1f} to {high:+.1f})"
+    return paired(ours, theirs, mean_miou, samples)
 
 
-def bootstrap(
-    ours: NDArray[np.float64], theirs: NDArray[np.float64], samples: int, seed: int = 0
-) -> NDArray[np.float64]:
-    """Differences of mean mIoU over resampled draws and blocks; counts are (draw, block, 4)."""
-    rng = np.random.default_rng(seed)
-    draws, blocks = ours.shape[:2]
-    found = np.empty(samples)
-    for i in range(samples):
-        pick = np.ix_(rng.integers(draws, size=draws), rng.integers(blocks, size=blocks))
-        found[i] = (_miou(ours[pick].sum(1)) - _miou(theirs[pick].sum(1))).mean()
-    return found
+def paired(ours: Counts, theirs: Counts, score: Callable[[Counts], float], samples: int) -> str:
+    """The difference of two methods' scores and its 95 % interval, in words."""
+    low, high = np.percentile(bootstrap(ours, theirs, score, samples), [2.5, 97.5])
+    return f"{score(ours) - score(theirs):+.1f} ({low:+.1f} to {high:+.1f})"
 
 
-def _miou(counts: NDArray[np.float64]) -> NDArray[np.float64]:
-    tn, fp, fn, tp = counts.T
-    return 50 * (tp / (tp + fp + fn) + tn / (tn + fp + fn))
+def bootstrap(ours: Counts, theirs: Counts, score: Callable[[Counts], float], samples: int) -> NDArray[np.float64]:
+    """Differences of a score over resampled runs and blocks, float64 (samples,)."""
+    rng = np.random.default_rng(0)
+    picks = [np.ix_(*(rng.integers(n, size=n) for n in ours.shape[:2])) for _ in range(samples)]
+    return np.array([score(ours[pick]) - score(theirs[pick]) for pick in picks])
+
+
+def mean_miou(counts: Counts) -> float:
+    """Mean over draws of the mIoU of all blocks pooled, per cent."""
+    tn, fp, fn, tp = counts.sum(axis=1).T
+    return float((50 * (tp / (tp + fp + fn) + tn / (tn + fp + fn))).mean())
 
 
 def main(arguments: list[str] | None = None) -> None:
