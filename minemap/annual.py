@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from .areas import area_table
+from .areas import area_table, check_threshold
 from .cluster import connect
 from .consistency import make_consistent
 from .errors import InputError, NoItemsError
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 TABLES = (".csv", ".parquet")
 CONSISTENCY = ("hmm",)
+T = TypeVar("T")
 PANELS = 12  # sites a chart shows, those with the most mine
 
 
@@ -58,11 +59,8 @@ def series(
     and places can be added: what is there is never written again. A year without any scenes is a row without
     observations. Raises subclasses of MinemapError.
     """
-    job = _Job.of(bbox, years, table=table, chart=chart, sites=sites, buffer=buffer)
-    if consistency not in (None, *CONSISTENCY):
-        raise InputError(f"unknown consistency {consistency!r}: known is {', '.join(CONSISTENCY)}")
-    if threshold is not None and not 0 <= threshold <= 1:
-        raise InputError(f"threshold {threshold} is a probability, 0 to 1")
+    files = {"table": table, "chart": chart, "sites": sites}
+    job = _Job.of(bbox, years, **files, buffer=buffer, threshold=threshold, consistency=consistency)
     options = job.options(options)
     with connect(cluster, workers) if client is None else nullcontext(client) as connected:
         _map_years(job, out, options, cluster=cluster, workers=workers, client=connected, progress=progress)
@@ -86,13 +84,18 @@ def plan_years(
     years: str | int | Sequence[int],
     out: str | Path,
     *,
+    table: str | Path | None = None,
+    chart: str | Path | None = None,
     sites: str | Path | None = None,
     buffer: float | None = None,
+    threshold: float | None = None,
+    consistency: str | None = None,
     **options: Any,
 ) -> dict[int, Plan]:
-    """What `series` would do in each year. Searches the source; writes nothing."""
-    job = _Job.of(bbox, years, sites=sites, buffer=buffer)
-    return {year: plan(job.bbox, str(year), out, **job.options(options)) for year in job.years}
+    """What `series`, told the same, would do in each year that has scenes. Searches the source; writes nothing."""
+    files = {"table": table, "chart": chart, "sites": sites}
+    job = _Job.of(bbox, years, **files, buffer=buffer, threshold=threshold, consistency=consistency)
+    return _by_year(job, lambda year: plan(job.bbox, str(year), out, **job.options(options)))
 
 
 @dataclass(frozen=True)
@@ -115,11 +118,17 @@ class _Job:
         chart: str | Path | None = None,
         sites: str | Path | None = None,
         buffer: float | None = None,
+        threshold: float | None = None,
+        consistency: str | None = None,
     ) -> _Job:
         if bbox is None and sites is None:
             raise InputError("no place is given: give a bbox, or sites")
         if buffer is not None and sites is None:
             raise InputError(f"buffer is {buffer:g}, but no sites are given to put it around")
+        if consistency not in (None, *CONSISTENCY):
+            raise InputError(f"unknown consistency {consistency!r}: known is {', '.join(CONSISTENCY)}")
+        if threshold is not None:
+            check_threshold(threshold)
         places = read_sites(sites, buffer=buffer) if sites is not None else None
         near = _union(places) if bbox is None and places else None
         box = check_bbox(bbox) if bbox is not None else bounds(places or [])
@@ -167,17 +176,29 @@ def parse_years(years: str | int | Sequence[int]) -> list[int]:
 
 
 def _map_years(job: _Job, out: str | Path, options: dict[str, Any], **how: Any) -> None:
-    """Maps year after year; one without any scenes stays unobserved, unless that is so for all."""
+    """Maps year after year."""
+    own = dict(options)
+
+    def one(year: int) -> None:
+        map_area(job.bbox, str(year), out, **how, **own)
+        own["overwrite"] = False  # what this run has made stays
+
+    _by_year(job, one)
+
+
+def _by_year(job: _Job, make: Callable[[int], T]) -> dict[int, T]:
+    """What is made of each year; one without any scenes stays unobserved, unless that is so for all."""
+    made: dict[int, T] = {}
     empty: list[NoItemsError] = []
     for year in job.years:
         try:
-            map_area(job.bbox, str(year), out, **how, **options)
-            options = {**options, "overwrite": False}  # what this run has made stays
+            made[year] = make(year)
         except NoItemsError as error:
             empty.append(error)
-            warnings.warn(f"{year} stays unobserved: {error}", stacklevel=3)
-    if len(empty) == len(job.years):
+            warnings.warn(f"{year} stays unobserved: {error}", stacklevel=4)
+    if not made:
         raise empty[0]
+    return made
 
 
 def write_table(frame: pd.DataFrame, path: Path) -> None:

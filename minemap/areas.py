@@ -7,9 +7,11 @@ owns it.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +25,7 @@ from .mapping import AOI, inside_aoi
 from .scenes import Period, parse_period
 from .sites import Site, read_sites
 from .store import CONSISTENT, Store
-from .uncertainty import AreaModel
+from .uncertainty import NOWHERE, AreaModel
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -53,17 +55,20 @@ def area_table(
     area_km2_lower, area_km2_upper, the estimate and its 90 % bounds (NaN where the model knows no errors);
     observed_fraction of the site; gain_km2 and loss_km2 against the row before, on the pixels observed in both, which
     are common_observed_fraction of the site (NaN in a site's first row); poorly_observed, a flag: observed_fraction
-    below POOR; extrapolated, a flag: the model's errors were not measured under such conditions; period, first and
+    below POOR; extrapolated, a flag: the model's errors were not measured under such conditions, so that the bounds
+    hold nothing (always so for "probability_consistent": the errors are those of "probability"); period, first and
     last day. All areas are of observed pixels, on the ellipsoid: what was not seen is in none of them, and where
     nothing was seen they are NaN, as for a site outside the map. Raises InputError, StoreError.
     """
     store = Store.at(path)
     chosen = _sites(sites, bbox, buffer)
     periods = _periods(store, years, layer)
-    limit = _threshold(store, threshold)
-    tallies = _tally(store, chosen, periods, mine_from(limit), layer)
     about = store.attributes()
+    limit = about["recipe"]["threshold"] if threshold is None else check_threshold(threshold)
+    tallies = _tally(store, chosen, periods, mine_from(limit), layer)
     model = AreaModel.of(about["recipe"], about["parameters"]["resolution"])
+    if model is not None and layer == CONSISTENT:
+        model = replace(model, region=NOWHERE)  # as if measured nowhere
     return _table(tallies, periods, mine_from(limit), model)
 
 
@@ -87,9 +92,10 @@ def sorted_periods(store: Store) -> list[Period]:
 def _periods(store: Store, years: Sequence[int] | None, layer: str) -> list[Period]:
     """The periods of a map, or the asked years."""
     found = sorted_periods(store)
-    derived = [store.consistent_over(group) for group in store.groups()]
-    if layer == CONSISTENT and any(periods != [str(period) for period in found] for periods in derived):
-        raise StoreError(f"{store.path} has no {layer} of all its periods: minemap series --consistency hmm makes it")
+    if layer == CONSISTENT and not all(_is_consistent(store, group) for group in store.groups()):
+        raise StoreError(
+            f"{store.path} has no {layer} of all that is mapped now: minemap series --consistency hmm makes it anew"
+        )
     if years is None:
         return found
     wanted = [parse_period(str(year)) for year in sorted(set(years))]
@@ -99,9 +105,23 @@ def _periods(store: Store, years: Sequence[int] | None, layer: str) -> list[Peri
     return wanted
 
 
-def _threshold(store: Store, threshold: float | None) -> float:
-    if threshold is None:
-        return store.attributes()["recipe"]["threshold"]
+def _is_consistent(store: Store, group: str) -> bool:
+    """Whether a zone's consistent probability is whole and made from what is mapped now.
+
+    A copy without a ledger can't be mapped again, so there it is.
+    """
+    source = store.consistent_source(group)
+    return source is not None and (not store.meta.is_dir() or source == ledger_digest(store, group))
+
+
+def ledger_digest(store: Store, group: str) -> str:
+    """A digest of all records of a zone: another one when any of its super-tiles was mapped, or mapped again."""
+    records = {str(period): store.records(group, period) for period in store.periods(group)}
+    return hashlib.sha256(json.dumps(records, sort_keys=True).encode()).hexdigest()
+
+
+def check_threshold(threshold: float) -> float:
+    """A threshold as it is; InputError when it is no probability."""
     if not 0 <= threshold <= 1:
         raise InputError(f"threshold {threshold} is a probability, 0 to 1")
     return threshold

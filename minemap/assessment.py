@@ -7,7 +7,9 @@ strata and classes are the same, both give the same numbers.
 Strata: mine; near, what is not mine within NEAR metres of mine, where omissions are likely; far, the rest. The
 sample gives mine 30 %, near 20 % and far 50 % of the points: mine is rare, so that points spread evenly would hardly
 meet it, and what is missed far from any mine weighs most in an area. Within a stratum every m² is as likely to be
-drawn.
+drawn. A stratum gives at least two points, or all it has.
+
+The file of points keeps the km² of the strata: a map that has grown since has pixels that could not be drawn.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
-from .areas import computed_tiles, read_periods, sorted_periods
+from .areas import check_threshold, computed_tiles, read_periods, sorted_periods
 from .errors import InputError
 from .grid import Grid, continuous_lonlat, pixel_area_km2
 from .inference import NOT_OBSERVED, mine_from
@@ -33,12 +35,13 @@ from .store import Store, check_file, write_atomically
 STRATA = ("mine", "near", "far")
 SHARES = (0.3, 0.2, 0.5)  # of the points
 NEAR = 100.0  # metres
-FEWEST = 2  # points in a stratum, without which there is no variance
+FEWEST = 2  # points in a stratum of more pixels, without which there is no variance
 Z95 = 1.959964
 LABELS = {"mine": 1, "1": 1, "1.0": 1, "yes": 1, "true": 1, "not mine": 0, "0": 0, "0.0": 0, "no": 0, "false": 0}
-FIELDS = ("id", "lon", "lat", "date", "stratum", "label", "zone", "row", "column", "seed", "threshold")
-
+KM2 = ("mine_km2", "near_km2", "far_km2")  # of the strata, the same for all points: they do not tell a point's own
+FIELDS = ("id", "lon", "lat", "date", "stratum", "label", "zone", "row", "column", "seed", "threshold", *KM2)
 WHOLE = ("stratum", "row", "column", "seed")  # fields that are whole numbers
+ROUND = 6  # digits of km² in a file: a square metre
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,11 @@ class Design:
     period: Period
     threshold: float
     seed: int
+
+    def __post_init__(self) -> None:
+        check_threshold(self.threshold)
+        if self.seed < 0:
+            raise InputError(f"seed is {self.seed}: give 0 or more")
 
     def codes(self) -> list[int]:
         """The numbers 1 to 3 that stand for STRATA in a file of points: shuffled, so that they do not tell."""
@@ -74,8 +82,6 @@ def sample(
     if out.suffix.lower() not in (".geojson", ".json"):
         raise InputError(f"points {out.name!r} can't be written: the ending is .geojson")
     check_file(out, "points")
-    if seed < 0:
-        raise InputError(f"seed is {seed}: give 0 or more")
     if n < FEWEST * len(STRATA):
         raise InputError(f"n is {n}: at least {FEWEST * len(STRATA)} points are needed, some hundreds are useful")
     for file in (out, out.with_suffix(".csv")):
@@ -84,11 +90,13 @@ def sample(
     store = Store.at(path)
     design = _design(store, date, threshold, seed)
     areas, points = _drawn(store, design, n)
-    _write_points(points, design, out)
+    if not points:
+        raise InputError(f"{store.path} has nothing observed in {design.period}: choose another date, or map more")
+    _write_points(points, out)
     counts = {name: sum(p["stratum"] == code for p in points) for name, code in _coded(design)}
     return {"points": str(out), "table": str(out.with_suffix(".csv")), "n": len(points), "seed": seed,
             "date": str(design.period), "threshold": design.threshold, "strata": counts,
-            "strata_km2": dict(zip(STRATA, areas.round(6).tolist(), strict=True))}  # fmt: skip
+            "strata_km2": dict(zip(STRATA, areas.round(ROUND).tolist(), strict=True))}  # fmt: skip
 
 
 def _design(store: Store, date: str | None, threshold: float | None, seed: int) -> Design:
@@ -96,10 +104,7 @@ def _design(store: Store, date: str | None, threshold: float | None, seed: int) 
     period = parse_period(date) if date is not None else periods[-1]
     if period not in periods:
         raise InputError(f"the map has no period {period}: it has {', '.join(map(str, periods))}")
-    limit = store.attributes()["recipe"]["threshold"] if threshold is None else threshold
-    if not 0 <= limit <= 1:
-        raise InputError(f"threshold {limit} is a probability, 0 to 1")
-    return Design(period, limit, seed)
+    return Design(period, store.attributes()["recipe"]["threshold"] if threshold is None else threshold, seed)
 
 
 def _coded(design: Design) -> Iterator[tuple[str, int]]:
@@ -147,9 +152,10 @@ def _by_tile(store: Store, design: Design) -> Iterator[tuple[Grid, np.ndarray, n
         yield tile, _strata(store, tile, design), pixel_area_km2(tile)
 
 
-def _sums(strata: np.ndarray, area: np.ndarray) -> np.ndarray:
-    """km² of each stratum, float64 (3,)."""
-    return np.bincount(strata.ravel(), weights=area.ravel(), minlength=len(STRATA) + 1)[: len(STRATA)]
+def _sums(strata: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+    """Pixels (or points) of each stratum, or their km², (3,)."""
+    weights = None if weights is None else weights.ravel()
+    return np.bincount(strata.ravel(), weights=weights, minlength=len(STRATA) + 1)[: len(STRATA)]
 
 
 # --- drawing ----------------------------------------------------------------------------------------------------
@@ -171,7 +177,7 @@ def _drawn(store: Store, design: Design, n: int) -> tuple[np.ndarray, list[dict[
     wanted = _allocation(n, [len(found) for found in best])
     chosen = [(k, *key[1:]) for k in range(len(STRATA)) for key in best[k][: wanted[k]]]
     order = np.random.default_rng((design.seed, 1)).permutation(len(chosen))
-    return areas, [_point(i + 1, chosen[j], design) for i, j in enumerate(order)]
+    return areas, [_point(i + 1, chosen[j], design, areas) for i, j in enumerate(order)]
 
 
 def _top(keys: np.ndarray, which: np.ndarray, n: int, tile: Grid) -> list[tuple[Any, ...]]:
@@ -184,25 +190,25 @@ def _top(keys: np.ndarray, which: np.ndarray, n: int, tile: Grid) -> list[tuple[
 
 
 def _allocation(n: int, present: list[int]) -> list[int]:
-    """Points of each stratum by SHARES; what a small stratum cannot give goes to the others."""
-    wanted = [0] * len(present)
-    for _ in present:
+    """Points of each stratum, `n` in all where there are as many: FEWEST, then one by one to whichever stratum that
+    has more is the furthest below its share (Sainte-Laguë's method)."""
+    wanted = [min(FEWEST, have) for have in present]
+    for _ in range(min(n, sum(present)) - sum(wanted)):
         open_ = [k for k, have in enumerate(present) if wanted[k] < have]
-        total, left = sum(SHARES[k] for k in open_), n - sum(wanted)
-        for k in open_:
-            wanted[k] = min(present[k], wanted[k] + round(left * SHARES[k] / total))
+        wanted[min(open_, key=lambda k: (wanted[k] + 0.5) / SHARES[k])] += 1
     return wanted
 
 
-def _point(number: int, chosen: tuple[Any, ...], design: Design) -> dict[str, Any]:
+def _point(number: int, chosen: tuple[Any, ...], design: Design, areas: np.ndarray) -> dict[str, Any]:
     stratum, epsg, row, column, resolution = chosen
     lon, lat = continuous_lonlat(epsg, (column + 0.5) * resolution, -(row + 0.5) * resolution)
     values = (number, round(float((lon + 180) % 360 - 180), 7), round(float(lat), 7), str(design.period),
-              design.codes()[stratum], "", f"utm{epsg}", row, column, design.seed, design.threshold)  # fmt: skip
+              design.codes()[stratum], "", f"utm{epsg}", row, column, design.seed, design.threshold,
+              *areas.round(ROUND).tolist())  # fmt: skip
     return dict(zip(FIELDS, values, strict=True))
 
 
-def _write_points(points: list[dict[str, Any]], design: Design, out: Path) -> None:
+def _write_points(points: list[dict[str, Any]], out: Path) -> None:
     features = [
         {"type": "Feature", "geometry": {"type": "Point", "coordinates": [p["lon"], p["lat"]]}, "properties": p}
         for p in points
@@ -218,17 +224,18 @@ def _write_points(points: list[dict[str, Any]], design: Design, out: Path) -> No
 def assess(path: str | Path, points: str | Path) -> dict[str, Any]:
     """Accuracies and areas of a map with 95 % intervals, from points of `sample` that have been labelled.
 
-    points: the GeoJSON or the table, its `label` filled; points without a label are left out. Returns `accuracy`'s
-    result with the numbers of points. Raises InputError, StoreError.
+    points: the GeoJSON or the table, its `label` filled; points without a label are left out. A table may come back
+    from a spreadsheet, with semicolons and decimal commas. Returns `accuracy`'s result with the numbers of points.
+    Raises InputError, StoreError.
     """
     store, rows = Store.at(path), _read_points(Path(points))
     labelled = [row for row in rows if _word(row)]
-    design = _one_design(rows, Path(points))
+    design, drawn_from = _one_draw(rows, Path(points))
     code = {number: k for k, (_, number) in enumerate(_coded(design))}
     strata = np.array([code.get(row["stratum"], len(STRATA)) for row in labelled], int)
-    areas = _check(store, design, labelled, strata)
-    truth = np.array([_label(row) for row in labelled], int)
-    found = accuracy(areas, strata, (strata == 0).astype(int), truth, classes=("not mine", "mine"))
+    areas, pixels = _check(store, design, drawn_from, labelled, strata)
+    truth, mapped = np.array([_label(row) for row in labelled], int), (strata == 0).astype(int)
+    found = accuracy(areas, strata, mapped, truth, classes=("not mine", "mine"), pixels=pixels)
     drawn = {
         "date": str(design.period),
         "threshold": design.threshold,
@@ -259,29 +266,40 @@ def _range(value: dict[str, Any] | None) -> str:
 
 def _read_points(path: Path) -> list[dict[str, Any]]:
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8-sig")  # spreadsheets begin with a byte order mark
         if path.suffix.lower() == ".csv":
-            rows = list(csv.DictReader(text.splitlines()))
+            lines = text.splitlines() or [""]
+            rows = list(csv.DictReader(lines, delimiter=";" if ";" in lines[0] else ","))
         else:
             rows = [feature["properties"] for feature in json.loads(text)["features"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         raise InputError(f"points {path} can't be read: give a file of minemap sample ({error})") from error
     missing = {name for row in rows or [{}] for name in set(FIELDS) - set(row or ())}
     if missing:
         raise InputError(f"points {path} have no {', '.join(sorted(missing))}: give a file of minemap sample")
     try:
-        whole = [{name: int(float(row[name])) for name in WHOLE} for row in rows]
-        return [row | own | {"threshold": float(row["threshold"])} for row, own in zip(rows, whole, strict=True)]
-    except (TypeError, ValueError) as error:
+        real = [{name: _number(row[name]) for name in ("threshold", *KM2)} for row in rows]
+        whole = [{name: int(_number(row[name])) for name in WHOLE} for row in rows]
+    except (OverflowError, ValueError) as error:
         raise InputError(f"points {path}: only labels may be changed ({error})") from error
+    return [row | some | others for row, some, others in zip(rows, real, whole, strict=True)]
 
 
-def _one_design(rows: list[dict[str, Any]], path: Path) -> Design:
-    found = {(str(row["date"]), row["threshold"], row["seed"]) for row in rows}
+def _number(value: Any) -> float:
+    """Of a file; spreadsheets may write a decimal comma."""
+    return float(str(value).replace(",", "."))
+
+
+def _one_draw(rows: list[dict[str, Any]], path: Path) -> tuple[Design, np.ndarray]:
+    """The design that all points come from, and the km² that the strata had."""
+    found = {(str(row["date"]), row["threshold"], row["seed"], *(row[name] for name in KM2)) for row in rows}
     if len(found) != 1:
         raise InputError(f"points {path} come from {len(found)} draws: assess each file on its own")
-    date, threshold, seed = found.pop()
-    return Design(parse_period(date), threshold, seed)
+    date, threshold, seed, *areas = found.pop()
+    try:
+        return Design(parse_period(date), threshold, seed), np.array(areas)
+    except InputError as error:
+        raise InputError(f"points {path}: only labels may be changed ({error})") from error
 
 
 def _word(row: dict[str, Any]) -> str:
@@ -296,60 +314,85 @@ def _label(row: dict[str, Any]) -> int:
     return LABELS[word]
 
 
-def _check(store: Store, design: Design, rows: list[dict[str, Any]], strata: np.ndarray) -> np.ndarray:
-    """km² of the strata; InputError where the map is not the one that the points were drawn from, or too few."""
+def _check(
+    store: Store, design: Design, drawn_from: np.ndarray, rows: list[dict[str, Any]], strata: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """km² and pixels of the strata; InputError where the map is not as it was at the draw, or too few are labelled.
+
+    drawn_from: km² of the strata at the draw.
+    """
     _design(store, str(design.period), design.threshold, design.seed)
     wanted = {(r["zone"], r["row"], r["column"]): k for r, k in zip(rows, strata.tolist(), strict=True)}
-    areas, agree = np.zeros(len(STRATA)), 0
+    areas, pixels, agree = np.zeros(len(STRATA)), np.zeros(len(STRATA), int), 0
     for tile, found, area in _by_tile(store, design):
         areas += _sums(found, area)
+        pixels += _sums(found)
         top, left = round(-tile.top / tile.resolution), round(tile.left / tile.resolution)
         for (zone, row, column), k in wanted.items():
             if zone == tile.group and 0 <= row - top < tile.height and 0 <= column - left < tile.width:
                 agree += found[row - top, column - left] == k
+    for name, km2, before in zip(STRATA, areas, drawn_from, strict=True):
+        if not np.isclose(km2, before, rtol=1e-9, atol=10.0**-ROUND):
+            told = f"{store.path} has {km2:.6g} km² in stratum {name}, {before:.6g} when the points were drawn"
+            raise InputError(f"{told}: draw a new sample")
     if agree != len(wanted):
-        raise InputError(f"{store.path} differs from what {len(wanted) - agree} points were drawn from: draw again")
-    counts = np.bincount(strata, minlength=len(STRATA) + 1)[: len(STRATA)]
-    for name, km2, count in zip(STRATA, areas, counts, strict=True):
-        if km2 > 0 and count < FEWEST:
-            raise InputError(f"stratum {name} has {count} labelled points: label at least {FEWEST}")
-    return areas
+        told = f"{store.path} differs from what {len(wanted) - agree} points were drawn from"
+        raise InputError(f"{told}: draw a new sample")
+    for name, have, count in zip(STRATA, pixels, _sums(strata), strict=True):
+        if count < min(FEWEST, have):
+            raise InputError(f"stratum {name} has {count} labelled points: label at least {min(FEWEST, have)}")
+    return areas, pixels
 
 
 def accuracy(
-    areas: np.ndarray, strata: np.ndarray, mapped: np.ndarray, truth: np.ndarray, *, classes: tuple[str, ...]
+    areas: np.ndarray,
+    strata: np.ndarray,
+    mapped: np.ndarray,
+    truth: np.ndarray,
+    *,
+    classes: tuple[str, ...],
+    pixels: np.ndarray,
 ) -> dict[str, Any]:
     """Design-based estimates from a stratified random sample.
 
     areas: of each stratum, any unit, float64 (stratum,). strata, mapped, truth: int (point,), each point's stratum,
-    and its class on the map and in truth as an index into `classes`. Returns `overall` accuracy and, by class,
+    and its class on the map and in truth as an index into `classes`. pixels: of each stratum, (stratum,); one that is
+    sampled whole has no variance (the correction for a finite population). Returns `overall` accuracy and, by class,
     `users`, `producers` and `area`, each with `estimate`, `se` and `ci95` (lower, upper; areas in the unit of
     `areas`); None where a class has no points. Intervals are 1.96 standard errors, cut at 0, and at 1 for accuracies.
     """
+    used = [(km2, strata == k, have) for k, (km2, have) in enumerate(zip(areas, pixels, strict=True)) if km2 > 0]
     every = np.ones(len(strata))
     right = (mapped == truth).astype(float)
-    found: dict[str, Any] = {"overall": _ratio(areas, strata, right, every)}
+    found: dict[str, Any] = {"overall": _ratio(used, right, every)}
     for i, name in enumerate(classes):
         on_map, in_truth = (mapped == i).astype(float), (truth == i).astype(float)
-        share = _ratio(areas, strata, in_truth, every)
+        share = _ratio(used, in_truth, every)
         found[name] = {
-            "users": _ratio(areas, strata, on_map * in_truth, on_map),
-            "producers": _ratio(areas, strata, on_map * in_truth, in_truth),
+            "users": _ratio(used, on_map * in_truth, on_map),
+            "producers": _ratio(used, on_map * in_truth, in_truth),
             "area": share and _scaled(share, float(areas.sum())),
         }
     return found
 
 
-def _ratio(areas: np.ndarray, strata: np.ndarray, y: np.ndarray, x: np.ndarray) -> dict[str, Any] | None:
-    """Σ y / Σ x over the whole map with its standard error, the variance by linearisation (Stehman 2014)."""
-    used = [(km2, strata == k) for k, km2 in enumerate(areas) if km2 > 0]
-    total = sum(km2 * x[which].mean() for km2, which in used)
+def _ratio(strata: list[tuple[float, np.ndarray, float]], y: np.ndarray, x: np.ndarray) -> dict[str, Any] | None:
+    """Σ y / Σ x over the whole map with its standard error, the variance by linearisation (Stehman 2014).
+
+    strata: the area of each, which points lie in it, bool (point,), and its pixels.
+    """
+    total = sum(km2 * x[which].mean() for km2, which, _ in strata)
     if not total:
         return None
-    estimate = sum(km2 * y[which].mean() for km2, which in used) / total
-    spread = [(km2, (y - estimate * x)[which]) for km2, which in used]
-    se = np.sqrt(sum(km2**2 * away.var(ddof=1) / len(away) for km2, away in spread)) / total
+    estimate = sum(km2 * y[which].mean() for km2, which, _ in strata) / total
+    away = y - estimate * x
+    se = np.sqrt(sum(km2**2 * _variance(away[which], pixels) for km2, which, pixels in strata)) / total
     return _interval(float(estimate), float(se), 1.0)
+
+
+def _variance(drawn: np.ndarray, pixels: float) -> float:
+    """Of the mean of points drawn from so many pixels; 0 where all are drawn, be it one."""
+    return drawn.var(ddof=1) / len(drawn) * (1 - len(drawn) / pixels) if len(drawn) < pixels else 0.0
 
 
 def _scaled(share: dict[str, Any], total: float) -> dict[str, Any]:

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -30,12 +31,13 @@ from .areas import first_year, read_periods
 from .checkpoint import DEFAULT_CHANGE_MODEL, Checkpoint, load_model
 from .cluster import check_workers, connect, worker_count
 from .compositing import Rule
-from .errors import InputError, StoreError
-from .grid import Grid, pixel_area_km2
+from .errors import DamagedTileError, InputError, StoreError
+from .grid import WINDOW, Grid, pixel_area_km2
 from .inference import NOT_OBSERVED, Settings, layout, mine_from, probability
 from .mapping import AOI, Reading, Work, inside_aoi, read_image, run_tiles
 from .reader import Access
-from .scenes import Period, Source, parse_period
+from .scenes import SOURCES, Period, Source, parse_period
+from .scenes import source as source_named
 from .sentinel2 import NODATA
 from .store import Store, parameters_hash
 
@@ -53,8 +55,7 @@ SCALE = 10_000  # of a kept composite
 @dataclass(frozen=True)
 class Detector:
     """A network of change and how it is run. threshold: probability from which a pixel has changed, 0-1. readings: of
-    both dates, for the images that the network sees where the map has not kept them. sharing: processes that
-    share a machine's cores."""
+    both dates, for the images that the network sees. sharing: processes that share a machine's cores."""
 
     checkpoint: Checkpoint
     precision: str
@@ -62,14 +63,9 @@ class Detector:
     readings: tuple[Reading, Reading]
     sharing: int = 1
 
-    def __call__(self, inner: Grid) -> np.ndarray:
+    def __call__(self, work: Work) -> np.ndarray:
         """Gain above zero and loss below it, probabilities, float32 (y, x), NaN where neither date is observed."""
-        margin = layout(self.checkpoint).margin
-        images = [_kept_image(inner, margin, how) for how in self.readings]
-        both = [
-            read_image(inner, margin, how)[0] if kept is None else kept
-            for kept, how in zip(images, self.readings, strict=True)
-        ]
+        both = [_image(work, layout(self.checkpoint).margin, how) for how in self.readings]
         settings = Settings.for_machine(self.precision, self.sharing)  # of the machine that computes
         return probability(np.concatenate(both), self.checkpoint, settings)
 
@@ -99,8 +95,9 @@ class Comparison:
         source = self.source(work.tile)
         record = self.store.record(work.tile, self.period)
         if record is not None and record["source"] == source:
-            classes = self.store.read_tile(work.tile, None, "change")
-            return {**self.count(classes, work), "computed": 0.0}
+            with suppress(DamagedTileError):  # made again
+                classes = self.store.read_tile(work.tile, None, "change")
+                return {**self.count(classes, work), "computed": 0.0}
         layers = {"change": self.classes(work)}
         if periods := self.series.get(work.tile.group):
             layers["first_year"] = self.first_year(work.tile, periods)
@@ -114,9 +111,7 @@ class Comparison:
         periods = [self.before, self.after, *self.series.get(tile.group, [])]
         records = [self.map.record(tile, period) for period in periods]
         if self.detector is not None:  # it looks over the edge
-            sides = [(y * tile.height, x * tile.width) for y in (-1, 0, 1) for x in (-1, 0, 1)]
-            around = [tile.window(*side, tile.height, tile.width) for side in sides]
-            records += [self.map.record(near, period) for near in around for period in periods[:2]]
+            records += [self.map.record(near, period) for near in _around(tile) for period in periods[:2]]
         return hashlib.sha256(json.dumps(records, sort_keys=True).encode()).hexdigest()
 
     def classes(self, work: Work) -> np.ndarray:
@@ -127,7 +122,7 @@ class Comparison:
         inner, out = work.inner, np.full(work.tile.shape, NOT_OBSERVED, np.uint8)
         row, column = inner.offset_in(work.tile)
         part = slice(row, row + inner.height), slice(column, column + inner.width)
-        out[part] = detect(before[part], after[part], self.detector(inner), self.limit, self.detector.threshold)
+        out[part] = detect(before[part], after[part], self.detector(work), self.limit, self.detector.threshold)
         return out
 
     def first_year(self, tile: Grid, periods: list[Period]) -> np.ndarray:
@@ -172,17 +167,48 @@ def detect(before: np.ndarray, after: np.ndarray, signed: np.ndarray, limit: int
     return np.where(unseen, NOT_OBSERVED, classes).astype(np.uint8)
 
 
-def _kept_image(inner: Grid, halo: int, how: Reading) -> np.ndarray | None:
-    """The composite that a map has kept, float32 (band, y + 2 halo, x + 2 halo), NaN where it has nothing, or None.
+def _image(work: Work, halo: int, how: Reading) -> np.ndarray:
+    """The composite of a place, float32 (band, y + 2 halo, x + 2 halo), NaN where it is not observed.
 
-    Beyond the edge of what was mapped there is nothing, where an image read from the source would go on.
+    Read from the source, or as the map has kept it where that is the same, so that a pixel of change does not depend
+    on the box that was mapped: a composite is kept rounded, and so is what is read.
     """
-    kept = how.store.kept_bands(inner.group)
-    if kept is None or not set(how.bands) <= set(kept):
-        return None
-    index = how.store.periods(inner.group).index(how.period)
-    stored = how.store.read_around(inner.buffered(halo), index, "composite")[[kept.index(b) for b in how.bands]]
+    seen = work.inner.buffered(halo)
+    kept = how.store.kept_bands(seen.group) or []
+    if sorted(how.bands) == sorted(kept) and _is_kept(seen, work.tile, how):
+        index = how.store.periods(seen.group).index(how.period)
+        stored = how.store.read_tile(seen, index, "composite")[[kept.index(band) for band in how.bands]]
+    else:
+        image, *_ = read_image(work.inner, halo, how)
+        stored = np.nan_to_num(np.rint(image * SCALE), nan=NODATA).astype(np.uint16)
     return np.where(stored == NODATA, np.float32(np.nan), stored / np.float32(SCALE))
+
+
+def _is_kept(seen: Grid, tile: Grid, how: Reading) -> bool:
+    """Whether all that is seen around a super-tile was mapped, and from the scenes of the super-tile's own cell.
+
+    Mapped: in windows that the ledger tells of, in the zone's own pixels and, where the map has one, within its area
+    of interest.
+    """
+    store, period = how.store, how.period
+    scenes, mapped = store.scenes_of(tile.group, tile.cell, period), np.zeros(seen.shape, bool)
+    for near in _around(tile):
+        record = store.record(near, period)
+        if record is None or record.get("scenes") != scenes:
+            continue
+        row, column = near.offset_in(seen)
+        top, bottom, left, right = (n * WINDOW for n in record["windows"])
+        top, bottom, left, right = (max(0, n) for n in (row + top, row + bottom, column + left, column + right))
+        mapped[top:bottom, left:right] = True
+    if (store.meta / AOI).exists():
+        mapped &= inside_aoi(seen, store.meta / AOI)
+    return bool((mapped & seen.owned()).all())
+
+
+def _around(tile: Grid) -> list[Grid]:
+    """A super-tile and those that it touches."""
+    sides = [(y * tile.height, x * tile.width) for y in (-1, 0, 1) for x in (-1, 0, 1)]
+    return [tile.window(*side, tile.height, tile.width) for side in sides]
 
 
 def as_mine(percent: np.ndarray, limit: int) -> np.ndarray:
@@ -209,11 +235,11 @@ def change(
     """Compares two periods of the map `path` into the store `out`; returns what `minemap change --json` prints.
 
     before, after: two of the map's periods, as its dates were given. method: "maps", two maps thresholded, or
-    "minenetcd", a network that sees both composites: those that the map has kept (keep_composite), else read again
-    from the scenes that the map froze. model: of "minenetcd", a name or path. table: a .csv or .parquet file of areas
-    to write. threshold: probability from which a pixel is mine ("maps") or has changed ("minenetcd"), 0-1; the
-    model's own when None. cluster, workers, client, progress: as of `map_area`. A second run goes on where a first
-    one stopped.
+    "minenetcd", a network that sees both composites: read again from the scenes that the map froze, or as the map has
+    kept them (keep_composite) where it has all that the network sees. model: of "minenetcd", a name or path. table:
+    a .csv or .parquet file of areas to write. threshold: probability from which a pixel is mine ("maps") or has
+    changed ("minenetcd"), 0-1; the model's own when None. cluster, workers, client, progress: as of `map_area`. A
+    second run goes on where a first one stopped, also when the map has more periods by then.
 
     The store has a group for each zone of the map: `change` uint8 (y, x), 0 never mine, 1 mine at both dates, 2 gain,
     3 loss, 255 not observed at both; and `first_year` uint16 (y, x), 0 = never, where the map has at least three
@@ -306,7 +332,6 @@ class Plan:
             "before": str(self.job.before),
             "after": str(self.job.after),
             "threshold": self.threshold,
-            "series": {group: [str(p) for p in periods] for group, periods in self.job.series.items()},
             "map_parameters_hash": parameters_hash(self.about["parameters"]),
             "chunk": self.about["parameters"]["chunk"],
         }
@@ -319,6 +344,8 @@ class Plan:
             store.create(self._attributes())
         for grid in self.grids:
             first = grid.group in self.job.series
+            if (store.path / grid.group / "first_year").exists() != first:  # the map has other years now: all is new
+                shutil.rmtree(store.path / grid.group, ignore_errors=True)
             store.add_change_zone(grid, self.parameters["chunk"], first_year=first)
         store.consolidate()
 
@@ -354,7 +381,8 @@ def _reading(store: Store, period: Period, bands: tuple[str, ...]) -> Reading:
     """How the map itself read its images, from what it keeps of its parameters."""
     p = store.attributes()["parameters"]
     local = urlsplit(p["source"]).scheme not in ("http", "https")
-    where = Source(p["source"], p["source"], p["collection"], is_file=local)
+    names = {source_named(name).url: name for name in SOURCES}  # maps keep the address, the name says who signs
+    where = Source(names.get(p["source"], p["source"]), p["source"], p["collection"], is_file=local)
     rule = Rule(**{**p["composite"], "masked": tuple(p["composite"]["masked"])})
     return Reading(store, period, bands, rule, Access.of(where), p["reader"])
 

@@ -170,10 +170,11 @@ def _find(name_or_path: str | Path) -> Path:
 def verify(folder: Path) -> str:
     """The text of the folder's checksum file, once it is byte for byte what its files' checksums say."""
     stored = _read(folder / SUMS)
-    for name in (WEIGHTS, RECIPE):
-        if _line(folder / name).encode() not in stored.splitlines(keepends=True):
+    lines = {name: _line(folder / name) for name in (WEIGHTS, RECIPE)}
+    for name, line in lines.items():
+        if line.encode() not in stored.splitlines(keepends=True):
             raise CheckpointError(f"{folder / name} does not match {SUMS}: the model is damaged, fetch it again")
-    expected = checksums(folder)
+    expected = "".join(lines.values())
     if stored != expected.encode():
         raise CheckpointError(f"{folder / SUMS} is not a checksum file of this model: fetch the model again")
     return expected

@@ -327,27 +327,21 @@ def _add_series(p: argparse.ArgumentParser) -> None:
 
 
 def _series(a: argparse.Namespace) -> None:
-    from .annual import series
+    from .annual import plan_years, series
+    from .report import estimate
 
     bbox = _numbers(a.bbox, float, "--bbox") if a.bbox else None
-    if a.dry_run:
-        _estimate_years(a, bbox)
-        return
     own = {name: getattr(a, name) for name in ("table", "chart", "sites", "buffer", "threshold", "consistency")}
+    if a.dry_run:
+        plans = plan_years(bbox, a.years, a.out, **own, **_options(a))
+        _say(a, {str(year): estimate(made) for year, made in plans.items()})
+        return
     with _progress(a) as progress:
         frame = series(
             bbox, a.years, a.out, cluster=a.cluster, workers=a.workers, progress=progress, **own, **_options(a)
         )
     rows = json.loads(frame.to_json(orient="records"))  # NaN as null
     _say(a, {"out": a.out, "table": a.table, "rows": rows}, a.table or frame.to_string(index=False))
-
-
-def _estimate_years(a: argparse.Namespace, bbox: Any) -> None:
-    from .annual import plan_years
-    from .report import estimate
-
-    plans = plan_years(bbox, a.years, a.out, sites=a.sites, buffer=a.buffer, **_options(a))
-    _say(a, {str(year): estimate(made) for year, made in plans.items()})
 
 
 # --- sample and assess ------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .areas import computed_tiles, read_periods, sorted_periods
+from .areas import computed_tiles, ledger_digest, read_periods, sorted_periods
 from .inference import NOT_OBSERVED
 from .store import CONSISTENT, Store
 
@@ -72,14 +72,17 @@ def _future(evidence: np.ndarray, times: Sequence[float]) -> np.ndarray:
 
 
 def make_consistent(path: str | Path) -> None:
-    """Writes `probability_consistent` of every period into the map `path`, from all of its periods."""
+    """Writes `probability_consistent` of every period into the map `path`, from all of its periods.
+
+    Stopped on the way it leaves none that counts. Raises InputError, StoreError.
+    """
     store = Store.at(path)
     periods = sorted_periods(store)
     times = [period.start.toordinal() / 365.2425 for period in periods]
     threshold = store.attributes()["recipe"]["threshold"]
     with store.locked():
         for group in store.groups():
-            store.add_consistent(group, periods)
+            store.add_consistent(group, None)
         for tile in computed_tiles(store):
             values = read_periods(store, tile, periods)
             for rows in _strips(len(values[0])):
@@ -88,6 +91,8 @@ def make_consistent(path: str | Path) -> None:
             for period, data in zip(periods, values, strict=True):
                 if period in present:
                     store.write_tile(tile, present.index(period), {CONSISTENT: data})
+        for group in store.groups():
+            store.add_consistent(group, ledger_digest(store, group))
         store.consolidate()
 
 

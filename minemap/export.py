@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xarray as xr
 
+from .areas import check_threshold, sorted_periods
 from .errors import InputError
-from .polygons import COLUMNS, check_threshold, choose_period, polygons
+from .inference import NOT_OBSERVED, mine_from
+from .polygons import COLUMNS, choose_period, polygons
 from .pyramid import write_pyramid
-from .scenes import Period, parse_period
+from .scenes import Period
 from .stac_item import describe, item_path, of_raster, of_table
 from .store import QUICKLOOK, Store, check_file, open_map, write_atomically
 
@@ -92,26 +94,26 @@ def drafted(out: Path) -> Iterator[Path]:
 
 
 def _export_raster(path: str | Path, out: Path, date: str | None, threshold: float | None, zone: str | None) -> Path:
-    store = Store(Path(path))
-    data = open_map(path, zone)
-    if not data.sizes["time"] or not data.sizes["y"]:
-        raise InputError(f"{path} has nothing mapped yet")
-    data = _period(data, date)
+    store = Store.at(path)
+    data = open_map(store.path, zone)
+    epsg = data.rio.crs.to_epsg()
+    group = f"utm{epsg}"
+    period = choose_period(store, date, group)
+    _mapped(store, [group], period)
+    data = data.isel(time=period_index(data, period))
     with drafted(out) as draft:
         RASTERS[out.suffix.lower()](data, draft, threshold=threshold, store=store)
         if out.suffix.lower() != ".png":
-            epsg, transform = data.rio.crs.to_epsg(), data.rio.transform(recalc=True)
+            transform = data.rio.transform(recalc=True)
             about = of_raster(epsg, transform, (data.sizes["y"], data.sizes["x"]), threshold)
-            _write_item(store, out, [_period_of(data)], [f"utm{epsg}"], about, threshold)
+            _write_item(store, out, [period], [group], about, threshold)
     return out
 
 
 def _export_vector(path: str | Path, out: Path, date: str | None, shape: Shape) -> Path:
-    store = Store(Path(path))
+    store = Store.at(path)
     period = choose_period(store, date)
-    groups = [group for group in store.groups() if store.done(group, period)]
-    if not groups:
-        raise InputError(f"{path} has nothing mapped yet for {period}")
+    groups = _mapped(store, store.groups(), period)
     frame = polygons(path, date=str(period), **vars(shape))
     about = of_table({name: COLUMNS[name] for name in frame.columns}, len(frame))
     with drafted(out) as draft:
@@ -122,16 +124,21 @@ def _export_vector(path: str | Path, out: Path, date: str | None, shape: Shape) 
 
 
 def _export_pyramid(path: str | Path, out: Path, date: str | None) -> Path:
-    store = Store(Path(path))
-    chosen = choose_period(store, date)
-    periods = sorted({p for g in store.groups() for p in store.periods(g) if date is None or p == chosen}, key=str)
-    groups = [group for group in store.groups() if any(store.done(group, period) for period in periods)]
-    if not groups:
-        raise InputError(f"{path} has nothing mapped yet")
+    store = Store.at(path)
+    periods = sorted_periods(store) if date is None else [choose_period(store, date)]
+    groups = _mapped(store, store.groups(), *periods)
     write_pyramid(store, out, periods)
     about = {"properties": {"proj:code": f"EPSG:{groups[0][3:]}" if len(groups) == 1 else None}}
     _write_item(store, out, periods, groups, about, None)
     return out
+
+
+def _mapped(store: Store, groups: list[str], *periods: Period) -> list[str]:
+    """The zones that have something done in any of the periods. Raises InputError when none has."""
+    found = [group for group in groups if any(store.done(group, period) for period in periods)]
+    if not found:
+        raise InputError(f"{store.path} has nothing mapped yet for {', '.join(map(str, periods))}")
+    return found
 
 
 def _write_item(
@@ -167,14 +174,10 @@ def _kind(frame: geopandas.GeoDataFrame) -> dict[str, str]:
     return {} if len(frame) else {"geometry_type": "Polygon"}
 
 
-def _period(data: xr.Dataset, date: str | None) -> xr.Dataset:
-    periods = [_period_of(data.isel(time=i)) for i in range(data.sizes["time"])]
-    if date is None:
-        return data.isel(time=-1)
-    wanted = parse_period(date)
-    if wanted not in periods:
-        raise InputError(f"the map has no period {wanted}: it has {', '.join(map(str, periods))}")
-    return data.isel(time=periods.index(wanted))
+def period_index(data: xr.Dataset, period: Period) -> int | None:
+    """Where a period is on the time axis of an opened map, None where it is not."""
+    bounds = data["time_bounds"].values.astype("datetime64[D]").astype(object).tolist()
+    return bounds.index([period.start, period.end]) if [period.start, period.end] in bounds else None
 
 
 def _period_of(data: xr.Dataset) -> Period:
@@ -183,7 +186,7 @@ def _period_of(data: xr.Dataset) -> Period:
 
 def _stored(layer: xr.DataArray) -> np.ndarray:
     """Per cent with NaN back to what is stored: uint8 with 255."""
-    return np.nan_to_num(layer.values, nan=255).astype(np.uint8)
+    return np.nan_to_num(layer.values, nan=NOT_OBSERVED).astype(np.uint8)
 
 
 def write_cog(data: xr.Dataset, out: Path, *, threshold: float | None, store: Store) -> None:
@@ -200,7 +203,7 @@ def write_cog(data: xr.Dataset, out: Path, *, threshold: float | None, store: St
         "width": width,
         "crs": data.rio.crs,
         "transform": data.rio.transform(recalc=True),
-        "nodata": 255,
+        "nodata": NOT_OBSERVED,
         "tiled": True,
         "compress": "deflate",
         "BIGTIFF": "IF_SAFER",
@@ -213,7 +216,9 @@ def write_cog(data: xr.Dataset, out: Path, *, threshold: float | None, store: St
                 values = _stored(data["probability"].isel(y=slice(*rows), x=slice(*columns)))
                 target.write(classes(values, threshold), 1, window=rasterio.windows.Window.from_slices(rows, columns))
             if threshold is not None:
-                target.write_colormap(1, {0: (235, 235, 225, 255), 1: (*MINE_COLOUR, 255), 255: (0, 0, 0, 0)})
+                target.write_colormap(
+                    1, {0: (235, 235, 225, 255), 1: (*MINE_COLOUR, 255), NOT_OBSERVED: (0, 0, 0, 0)}
+                )
             target.update_tags(**_tags(store, data))
         overviews = "AVERAGE" if threshold is None else "MODE"
         copy(plain, out, driver="COG", compress="deflate", overview_resampling=overviews, BIGTIFF="IF_SAFER")
@@ -225,7 +230,7 @@ def classes(percent: np.ndarray, threshold: float | None) -> np.ndarray:
     """Per cent (uint8, 255 = not observed) as 1 = mine, 0 = not, 255; unchanged without a threshold."""
     if threshold is None:
         return percent
-    return np.where(percent == 255, 255, percent >= np.ceil(threshold * 100 - 1e-9)).astype(np.uint8)
+    return np.where(percent == NOT_OBSERVED, NOT_OBSERVED, percent >= mine_from(threshold)).astype(np.uint8)
 
 
 def _blocks(height: int, width: int) -> list[tuple[tuple[int, int], tuple[int, int]]]:
@@ -259,10 +264,10 @@ def write_picture(data: xr.Dataset, out: Path, *, threshold: float | None, store
     figure, axes = plt.subplots(1, 2, figsize=(14, 7 * ratio + 1.1), layout="constrained")
     extent = (0.0, kilometres[1], 0.0, kilometres[0])
     axes[0].imshow(ground, extent=extent, interpolation="nearest")
-    mine = np.nan_to_num(percent, nan=0) >= np.ceil(limit * 100 - 1e-9)
+    mine = percent >= mine_from(limit)  # never where it is NaN, not observed
     if mine.any() and not mine.all():
         axes[0].contour(mine[::-1], levels=[0.5], colors="yellow", linewidths=0.8, extent=extent)
-    axes[0].set_title("Sentinel-2 composite, footprint outlined")
+    axes[0].set_title(f"{about['parameters']['sensor'].capitalize()} composite, footprint outlined")
     shown = axes[1].imshow(percent, extent=extent, vmin=0, vmax=100, cmap="inferno", interpolation="nearest")
     axes[1].set_facecolor("lightgrey")
     axes[1].set_title("Probability of mine (grey: not observed)")
@@ -270,10 +275,8 @@ def write_picture(data: xr.Dataset, out: Path, *, threshold: float | None, store
     for axis in axes:
         _scale_bar(axis, kilometres)
         axis.set(xticks=[], yticks=[])
-    start, end = data["time_bounds"].values.astype("datetime64[D]")
-    figure.suptitle(
-        f"{start} to {end}   model {about['model']}, threshold {limit:.2f}   EPSG:{data.rio.crs.to_epsg()}"
-    )
+    period, epsg = _period_of(data), data.rio.crs.to_epsg()
+    figure.suptitle(f"{period.start} to {period.end}   model {about['model']}, threshold {limit:.2f}   EPSG:{epsg}")
     figure.savefig(out, dpi=110)
     plt.close(figure)
 

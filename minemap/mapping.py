@@ -362,6 +362,10 @@ def _with_scenes(made: Plan, store: Store | None) -> Plan:
         more = f" (and so in {len(empty) - 1} more of its zones)" if len(empty) > 1 else ""
         across = "; W > E crosses the antimeridian" if len(empty) > 1 and made.bbox[0] > made.bbox[2] else ""
         warnings.warn(f"part of the box stays unobserved{more}{across}: {empty[0]}", stacklevel=2)
+    most = max(map(len, chosen.values()), default=o.min_clear)
+    if 0 < most < o.min_clear:
+        few = f"no place has more than {most} of the {o.min_clear} acquisitions that a pixel needs (--min-clear)"
+        warnings.warn(f"{few}: nothing will be observed; give a longer period, or a smaller number", stacklevel=2)
     blind = sum(asset_key(item, SCL) is None for item in planned.items)
     if blind:
         told = f"{blind} of {len(planned.items)} items have no {made.sensor.quality}: their clouds are not masked"

@@ -23,10 +23,10 @@ import xarray as xr
 from affine import Affine
 from pyproj import CRS, Transformer
 
-from .areas import POOR, area_table
+from .areas import POOR, area_table, check_threshold, sorted_periods
 from .errors import InputError
-from .export import Shape, drafted
-from .polygons import check_threshold, choose_period, polygons
+from .export import Shape, drafted, period_index
+from .polygons import choose_period, polygons
 from .scenes import Period
 from .store import QUICKLOOK, Store, check_file, open_map
 
@@ -88,15 +88,15 @@ def export_page(
     """
     out = Path(out)
     check_file(out)
-    store = Store(Path(path))
+    store = Store.at(path)
     about = store.attributes()
     limit = check_threshold(about["recipe"]["threshold"] if threshold is None else threshold)
-    every = sorted({p for group in store.groups() for p in store.periods(group)}, key=str)
+    every = sorted_periods(store)
     periods = every if date is None else [choose_period(store, date)]
     periods = [p for p in periods if any(store.done(group, p) for group in store.groups())]
     if not periods:
-        raise InputError(f"{path} has nothing mapped yet")
-    opened = {group: open_map(path, group) for group in store.groups()}
+        raise InputError(f"{store.path} has nothing mapped yet")
+    opened = {group: open_map(store.path, group) for group in store.groups()}
     zones = {group: data for group, data in opened.items() if data.sizes["x"]}  # those with something done
     frame = _frame(zones)
     data = {
@@ -104,6 +104,7 @@ def export_page(
         **_pictures(zones, periods, frame),
         "areas": _areas(path, periods, frame, limit),
         "origin": _origin(store, about, periods, limit),
+        "first_year": every[0].start.year,  # what was mined by then may be older, whichever periods are shown
     }
     with drafted(out) as draft:
         draft.write_text(_filled(data), encoding="utf-8")
@@ -187,7 +188,7 @@ def _picture(zones: dict[str, xr.Dataset], period: Period, frame: Frame, resolut
     transform, shape = frame.grid(resolution)
     out = np.zeros((4, *shape), np.uint8)
     for group, data in zones.items():
-        at = _index(data, period)
+        at = period_index(data, period)
         if at is None:
             continue
         colours, own = _colours(data.isel(time=at), resolution)
@@ -196,11 +197,6 @@ def _picture(zones: dict[str, xr.Dataset], period: Period, frame: Frame, resolut
         reproject(colours, layer, src_transform=own, dst_transform=transform, resampling=Resampling.nearest, **where)
         out = np.where(layer[3] > 0, layer, out)
     return out.transpose(1, 2, 0)
-
-
-def _index(data: xr.Dataset, period: Period) -> int | None:
-    bounds = data["time_bounds"].values.astype("datetime64[D]").astype(object).tolist()
-    return bounds.index([period.start, period.end]) if [period.start, period.end] in bounds else None
 
 
 def _colours(data: xr.Dataset, resolution: float) -> tuple[np.ndarray, Affine]:

@@ -23,7 +23,7 @@ import numpy as np
 import shapely
 from pyproj import Geod, Transformer
 
-from .areas import read_periods
+from .areas import check_threshold, read_periods, sorted_periods
 from .errors import InputError
 from .grid import Grid, continuous_lonlat, zone_box
 from .inference import NOT_OBSERVED, mine_from
@@ -63,7 +63,7 @@ def polygons(
     """
     import geopandas
 
-    store = Store(Path(path))
+    store = Store.at(path)
     about = store.attributes()
     limit = check_threshold(about["recipe"]["threshold"] if threshold is None else threshold)
     if not 0 <= min_area < math.inf:
@@ -94,18 +94,12 @@ def polygons(
     return geopandas.GeoDataFrame(columns, geometry=within_180(_in_degrees(outline, found.epsg)), crs=4326)
 
 
-def check_threshold(threshold: float) -> float:
-    """The same, or an InputError when it is no probability."""
-    if not 0 <= threshold <= 1:
-        raise InputError(f"threshold {threshold} is a probability, 0 to 1")
-    return threshold
-
-
-def choose_period(store: Store, date: str | None) -> Period:
-    """The period that `date` names, the last one of any zone when None. Raises InputError."""
-    periods = sorted({p for group in store.groups() for p in store.periods(group)}, key=str)
+def choose_period(store: Store, date: str | None, zone: str | None = None) -> Period:
+    """The period that `date` names, the last one when None, of a zone or of any. Raises InputError, StoreError."""
+    every = sorted_periods(store)
+    periods = every if zone is None else [period for period in every if period in store.periods(zone)]
     if not periods:
-        raise InputError(f"{store.path} has nothing mapped yet")
+        raise InputError(f"{store.path} has nothing mapped yet in {zone}")
     wanted = periods[-1] if date is None else parse_period(date)
     if wanted not in periods:
         raise InputError(f"the map has no period {wanted}: it has {', '.join(map(str, periods))}")

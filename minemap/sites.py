@@ -67,27 +67,28 @@ def read_sites(path: str | Path, *, buffer: float | None = None) -> list[Site]:
     if buffer is not None and not 0 < buffer < 1e6:
         raise InputError(f"buffer is {buffer:g}: give metres, above 0 and below 1,000,000")
     frame = read_shapes(path, "sites")
+    frame = frame.assign(_site=_names(frame))  # before rows without a place go: names count the file's rows
     frame = frame[~(frame.geometry.isna() | frame.geometry.is_empty)]
     if frame.empty:
         raise InputError(f"sites {path} holds no places")
+    frame = frame.set_geometry(frame.geometry.make_valid())  # the parts of a bow tie may sum to no area
     if buffer is None and (shapely.area(frame.geometry.array) == 0).any():
         raise InputError(f"sites {path} holds points or lines: give --buffer METRES to make areas of them")
-    return list(_named(frame, buffer))
+    return [
+        Site(str(name), area=shapely.union_all([_whole(shape, buffer) for shape in rows.geometry]))
+        for name, rows in frame.groupby("_site", sort=False)
+    ]
 
 
-def _named(frame: geopandas.GeoDataFrame, buffer: float | None) -> Iterable[Site]:
-    import shapely
-
+def _names(frame: geopandas.GeoDataFrame) -> np.ndarray:
+    """The site of each feature."""
     column = next((name for name in NAMES if name in frame.columns), None)
     rows = np.arange(1, len(frame) + 1).astype(str)
-    names = _names(frame[column]) if column else rows
-    names = np.where(names == "", np.char.add("unnamed ", rows), names)
-    for name, rows in frame.assign(_site=names).groupby("_site", sort=False):
-        shapes = [_whole(shape, buffer) for shape in rows.geometry]
-        yield Site(str(name), area=shapely.union_all(shapes))
+    names = _text(frame[column]) if column else rows
+    return np.where(names == "", np.char.add("unnamed ", rows), names)
 
 
-def _names(column: pd.Series) -> np.ndarray:
+def _text(column: pd.Series) -> np.ndarray:
     """As text, "" where there is none; whole numbers stay whole beside missing ones."""
     return column.convert_dtypes().astype("string").fillna("").str.strip().to_numpy(dtype=str)
 

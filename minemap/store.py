@@ -273,8 +273,11 @@ class Store:
         """Metadata of every group in one place, so that opening it takes one read."""
         consolidate(self.path, self.groups())
 
-    def add_consistent(self, group: str, periods: list[Period]) -> None:
-        """The array beside `probability` for what is derived from `periods`; what an older one held is void."""
+    def add_consistent(self, group: str, source: str | None) -> None:
+        """The array beside `probability` for what is derived from all of its periods, made where it is not there.
+
+        source: a digest of the records that it is derived from, None as long as it is not whole.
+        """
         zone = self._zone(group, "r+")
         raw = _array(zone, "probability")
         layer = _Layer(
@@ -284,12 +287,12 @@ class Store:
             _sharded(zone, CONSISTENT, layer, self.grid(group), (raw.shards or raw.chunks)[-1])
         array = _array(zone, CONSISTENT)
         array.resize(raw.shape)
-        array.attrs["periods"] = [str(period) for period in periods]
+        array.attrs["source"] = source
 
-    def consistent_over(self, group: str) -> list[str] | None:
-        """The periods from which the group's consistent probability was derived, None where there is none."""
+    def consistent_source(self, group: str) -> str | None:
+        """The source (see `add_consistent`) of the group's consistent probability, None where none is whole."""
         zone = self._zone(group)
-        return list(_array(zone, CONSISTENT).attrs["periods"]) if CONSISTENT in zone else None  # type: ignore[arg-type]
+        return _array(zone, CONSISTENT).attrs.get("source") if CONSISTENT in zone else None  # type: ignore[return-value]
 
     # --- tiles and their records --------------------------------------------------------------------------------
 

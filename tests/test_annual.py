@@ -15,7 +15,7 @@ from shapely.geometry import Point, box
 
 import minemap as package
 from minemap import series
-from minemap.annual import draw_chart, parse_years
+from minemap.annual import draw_chart, parse_years, plan_years
 from minemap.areas import area_table, computed_tiles, first_year, read_periods, sorted_periods
 from minemap.demo import DemoConfig, make_demo
 from minemap.errors import InputError, NoItemsError, StoreError
@@ -141,7 +141,7 @@ def test_table_and_chart(mapped):
 def test_consistency_is_kept_beside(mapped, land, options):
     folder, frame, _ = mapped
     before = {name: value for name, value in shards(folder / "map.zarr").items() if "probability/" in str(name)}
-    with pytest.raises(StoreError, match="no probability_consistent of all its periods"):
+    with pytest.raises(StoreError, match="no probability_consistent of all that is mapped now"):
         area_table(folder / "map.zarr", bbox=land.bbox, layer="probability_consistent")
     smooth = series(land.bbox, YEARS, folder / "map.zarr", consistency="hmm", **options)
     after = {name: value for name, value in shards(folder / "map.zarr").items() if "probability/" in str(name)}
@@ -178,8 +178,6 @@ def test_only_super_tiles_that_meet_a_site(land, options, model, tmp_path):
     west, south, *_ = land.bbox
     far = [box(west, south, west + 0.001, south + 0.001), box(west + 0.15, south + 0.15, west + 0.151, south + 0.151)]
     geopandas.GeoDataFrame(geometry=far, crs=4326).to_file(tmp_path / "far.geojson")
-    from minemap.annual import plan_years
-
     (planned,) = plan_years(None, 2020, tmp_path / "new.zarr", sites=tmp_path / "far.geojson", **options).values()
     assert len(planned.work) == 2 and not (tmp_path / "new.zarr").exists()
 
@@ -196,6 +194,16 @@ def test_a_year_without_scenes_is_not_observed(land, options, tmp_path, model):
     ):
         series(land.bbox, 2016, tmp_path / "none.zarr", **some)
     assert not (tmp_path / "none.zarr").exists()
+
+
+def test_a_dry_run_leaves_out_years_without_scenes(land, options, tmp_path):
+    with pytest.warns(UserWarning, match="2016 stays unobserved"):
+        assert list(plan_years(land.bbox, [2016, 2019], tmp_path / "map.zarr", **options)) == [2019]
+    with (
+        pytest.warns(UserWarning, match="stays unobserved"),
+        pytest.raises(NoItemsError, match="2016"),
+    ):
+        plan_years(land.bbox, 2016, tmp_path / "map.zarr", **options)
 
 
 def test_sites_outside_the_box_are_said_before_anything_is_mapped(land, options, tmp_path):
@@ -219,8 +227,9 @@ def test_sites_outside_the_box_are_said_before_anything_is_mapped(land, options,
 )
 def test_bad_input_writes_nothing(words, match, land, options, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match=match):
-        series(land.bbox, 2019, tmp_path / "map.zarr", **words, **options)
+    for run in (series, plan_years):  # a dry run says the same
+        with pytest.raises(InputError, match=match):
+            run(land.bbox, 2019, tmp_path / "map.zarr", **words, **options)
     assert not list(tmp_path.iterdir())
 
 

@@ -9,7 +9,7 @@ import geopandas
 import numpy as np
 import pytest
 from pyproj import Geod
-from shapely.geometry import MultiPolygon, Point, box
+from shapely.geometry import MultiPolygon, Point, Polygon, box
 
 from minemap.areas import POOR, area_table, first_year
 from minemap.checkpoint import load_model
@@ -159,6 +159,29 @@ def test_sites_without_a_name_stay_apart(tmp_path, names):
     assert [round(site.area.centroid.x) for site in found] == [0, 1, 2]
 
 
+@pytest.mark.parametrize("column", ["name", "other"])
+def test_sites_are_numbered_by_the_rows_of_the_file(tmp_path, column):
+    shapes = [None, Polygon(), Point(2, 5).buffer(0.01)]
+    geopandas.GeoDataFrame({column: [None] * 3}, geometry=shapes, crs=4326).to_parquet(tmp_path / "s.parquet")
+    (found,) = read_sites(tmp_path / "s.parquet")
+    assert found.name == ("unnamed 3" if column == "name" else "3")
+
+
+def test_a_bow_tie_is_an_area(tmp_path):
+    """Its ring crosses itself: the signed areas of its two triangles cancel."""
+    tie = Polygon([(0, 5), (0.02, 5.02), (0.02, 5), (0, 5.02)])
+    assert tie.area == 0
+    geopandas.GeoDataFrame(geometry=[tie], crs=4326).to_file(tmp_path / "s.gpkg")
+    (found,) = read_sites(tmp_path / "s.gpkg")
+    assert found.area.area == pytest.approx(2e-4)
+    (wide,) = read_sites(tmp_path / "s.gpkg", buffer=100)
+    assert wide.area.covers(found.area) and wide.area.area < 5e-4
+    flat = Polygon([(0, 5), (0.02, 5.02), (0.01, 5.01)])
+    geopandas.GeoDataFrame(geometry=[flat], crs=4326).to_file(tmp_path / "flat.gpkg")
+    with pytest.raises(InputError, match="holds points or lines"):
+        read_sites(tmp_path / "flat.gpkg")
+
+
 def test_places_that_are_none(tmp_path):
     (tmp_path / "table.csv").write_text("name,lon,lat\na,1,2\n")
     with pytest.raises(InputError, match=r"table\.csv holds no geometries: give a vector file"):
@@ -197,7 +220,7 @@ def test_sites_across_the_antimeridian(tmp_path, model):
         ({"years": [2018, 2019]}, InputError, "no map of 2018, 2019: it has 2020-01-01/2020-12-31, "),
         ({"sites": "nonesuch.gpkg"}, InputError, "sites nonesuch.gpkg can't be read as a vector file"),
         ({"sites": "x", "bbox": BOX}, InputError, "not both"),
-        ({"layer": "probability_consistent"}, StoreError, "has no probability_consistent of all"),
+        ({"layer": "probability_consistent"}, StoreError, "has no probability_consistent of all that is mapped now"),
     ],
 )
 def test_errors_say_what_and_what_to_do(made, words, error, match):

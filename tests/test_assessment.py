@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,11 @@ import pandas as pd
 import pytest
 from test_areas import BOX, EDGE, store_of
 
+from minemap.areas import computed_tiles
 from minemap.assessment import NEAR, STRATA, accuracy, assess, sample
 from minemap.errors import InputError
 from minemap.grid import grids, pixel_area_km2
+from minemap.scenes import parse_period
 from minemap.store import Store
 
 # Olofsson et al. 2014, section 5: rows are the map, columns the reference
@@ -24,7 +27,7 @@ PIXELS = np.array([200_000, 150_000, 3_200_000, 6_450_000], float)
 def example():
     cells = [(i, j) for i in range(4) for j in range(4) for _ in range(MATRIX[i, j])]
     mapped, truth = (np.array(column) for column in zip(*cells, strict=True))
-    return accuracy(PIXELS, mapped, mapped, truth, classes=CLASSES)
+    return accuracy(PIXELS, mapped, mapped, truth, classes=CLASSES, pixels=np.full(4, np.inf))
 
 
 def test_the_papers_worked_example():
@@ -64,6 +67,23 @@ def test_the_papers_equations_written_out():
         spread = np.sqrt((weights**2 * shares[:, j] * (1 - shares[:, j]) / (rows - 1)).sum())
         assert found[name]["area"]["estimate"] == pytest.approx(totals[j])
         assert found[name]["area"]["se"] == pytest.approx(spread * PIXELS.sum())
+
+
+def test_a_sample_of_few_pixels():
+    """Of all samples of 3 from 7 pixels, the mean variance is that of the estimates; all 7 have none, nor has one."""
+    right = np.array([1, 0, 1, 1, 0, 1, 1])
+
+    def overall(which):
+        points = np.zeros(len(which), int)
+        return accuracy(np.ones(1), points, points, 1 - right[list(which)], classes=("a", "b"), pixels=np.full(1, 7))[
+            "overall"
+        ]
+
+    found = [overall(which) for which in combinations(range(7), 3)]
+    assert np.mean([f["se"] ** 2 for f in found]) == pytest.approx(np.var([f["estimate"] for f in found]))
+    assert overall(range(7)) == {"estimate": right.mean(), "se": 0, "ci95": (right.mean(), right.mean())}
+    one = np.zeros(1, int)
+    assert accuracy(np.ones(1), one, one, one, classes=("a", "b"), pixels=np.ones(1))["overall"]["se"] == 0
 
 
 def scene(grid, _):
@@ -223,18 +243,25 @@ def test_what_cannot_be_assessed(made, tmp_path, model):
     with pytest.raises(InputError, match="has the label 'perhaps': use mine, not mine"):
         assess(made, tmp_path / "bad.csv")
     other = store_of(tmp_path / "other.zarr", BOX, (2020, 2021), lambda g, _: 90 - scene(g, 0), model)
-    with pytest.raises(InputError, match=r"differs from what .* points were drawn from"):
+    with pytest.raises(InputError, match=r"km² in stratum mine, .* when the points were drawn: draw a new sample"):
         assess(other, labelled(table, lambda x, y: x > 0))
     (tmp_path / "no.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(InputError, match="have no column, date, id"):
+    with pytest.raises(InputError, match="have no column, date, far_km2, id"):
         assess(made, tmp_path / "no.csv")
+    (tmp_path / "long.csv").write_text("x" * 200_000)  # more than the csv module takes as one field
+    with pytest.raises(InputError, match=r"long\.csv can't be read: give a file of minemap sample"):
+        assess(made, tmp_path / "long.csv")
     with pytest.raises(InputError, match=r"the ending is \.geojson"):
         sample(made, tmp_path / "p.txt")
     for name, value in (("stratum", 9), ("row", "x"), ("seed", None)):
         changed = pd.read_csv(table).astype({name: object})
         changed.loc[3, name] = value
         changed.to_csv(tmp_path / "changed.csv", index=False)
-        with pytest.raises(InputError, match=r"were drawn from: draw again|only labels may be changed"):
+        with pytest.raises(InputError, match=r"were drawn from: draw a new sample|only labels may be changed"):
+            assess(made, tmp_path / "changed.csv")
+    for name, value in (("seed", "inf"), ("seed", -4), ("threshold", 7), ("date", "then"), ("mine_km2", "much")):
+        pd.read_csv(table).assign(**{name: value}).to_csv(tmp_path / "changed.csv", index=False)
+        with pytest.raises(InputError, match=r"changed\.csv: only labels may be changed"):
             assess(made, tmp_path / "changed.csv")
     with pytest.raises(InputError, match="seed is -1"):
         sample(made, tmp_path / "q.geojson", seed=-1)
@@ -258,3 +285,58 @@ def test_two_zones_and_a_small_stratum(tmp_path, model):
     told = sample(path, tmp_path / "p.geojson", n=100)
     assert told["strata"]["mine"] == 16 and told["n"] == 100
     assert pd.read_csv(told["table"])["zone"].nunique() == len(Store(path).groups()) == 2
+
+
+@pytest.mark.parametrize("n", [6, 17, 43])
+def test_as_many_points_as_asked(made, tmp_path, n):
+    told = sample(made, tmp_path / "p.geojson", n=n)
+    assert told["n"] == n == len(pd.read_csv(told["table"])) and min(told["strata"].values()) >= 2
+    assert assess(made, labelled(told["table"], lambda x, y: x > 0))["labelled"] == n
+
+
+def test_a_stratum_of_one_pixel(tmp_path, model):
+    """It is drawn and labelled whole, and has no variance."""
+
+    def paint(grid, _):
+        x, y = np.meshgrid(grid.x, grid.y)
+        return np.where((x == 499_995) & (y == 687_805), 90, 4)
+
+    path = store_of(tmp_path / "map.zarr", BOX, (2020,), paint, model)
+    told = sample(path, tmp_path / "p.geojson", n=40)
+    assert told["strata"]["mine"] == 1 and told["n"] == 40
+    table = labelled(told["table"], lambda x, y: (x == 499_995) & (y == 687_805))
+    mine = assess(path, table)["mine"]
+    assert mine["area"]["estimate"] == pytest.approx(1e-4, rel=2e-3) and mine["area"]["se"] < 1e-12
+    points = pd.read_csv(table)
+    points[points["label"] != "mine"].to_csv(table, index=False)
+    with pytest.raises(InputError, match="stratum mine has 0 labelled points: label at least 1"):
+        assess(path, table)
+
+
+def test_nothing_observed_is_no_sample(tmp_path, model):
+    path = store_of(tmp_path / "map.zarr", BOX, (2020,), lambda grid, _: np.full(grid.shape, 255), model)
+    with pytest.raises(InputError, match="has nothing observed in 2020-01-01/2020-12-31: choose another date"):
+        sample(path, tmp_path / "p.geojson")
+    assert not list(tmp_path.glob("p.*"))
+
+
+def test_a_map_that_has_grown_since_is_refused(tmp_path, model):
+    """The new super-tile could not be drawn, so the sample tells nothing of it."""
+    path = store_of(tmp_path / "map.zarr", BOX, (2020,), scene, model)
+    store, period = Store(path), parse_period("2020")
+    new = computed_tiles(store)[2]  # south of the mine
+    record = store.record(new, period)
+    store.record_path(new, period).unlink()
+    table = labelled(sample(path, tmp_path / "p.geojson", n=60)["table"], lambda x, y: x > 500_000)
+    assert assess(path, table)["labelled"] == 60
+    store.write_record(new, period, record)
+    with pytest.raises(InputError, match=r"km² in stratum far, .* when the points were drawn: draw a new sample"):
+        assess(path, table)
+
+
+@pytest.mark.parametrize(("separator", "decimal"), [(",", "."), (";", "."), (";", ",")])
+def test_a_table_saved_by_a_spreadsheet(made, tmp_path, separator, decimal):
+    table = labelled(sample(made, tmp_path / "p.geojson", n=60)["table"], lambda x, y: x > 500_000)
+    saved = tmp_path / "saved.csv"
+    pd.read_csv(table).to_csv(saved, index=False, sep=separator, decimal=decimal, encoding="utf-8-sig")
+    assert assess(made, saved) == assess(made, table)

@@ -20,18 +20,20 @@ from shapely.geometry import box
 from test_areas import BOX, EDGE, store_of
 
 import minemap
-from minemap.changes import CLASSES, compare, told
+from minemap.changes import CLASSES, _reading, compare, told
 from minemap.checkpoint import DEFAULT_CHANGE_MODEL, Recipe, save
 from minemap.demo import DemoConfig, make_demo
 from minemap.errors import InputError, StoreError
-from minemap.grid import pixel_area_km2
+from minemap.grid import grids, pixel_area_km2
 from minemap.models import build
-from minemap.scenes import parse_period
+from minemap.reader import Access
+from minemap.scenes import parse_period, source
 from minemap.sentinel2 import BANDS
 from minemap.store import Store
 
 YEARS = (2019, 2021, 2023)
 GROUP = "utm32620"
+CHANGED = 0.545  # probability in the middle of what random weights answer: every last digit counts
 CLASS_TOTALS = [f"km2_{name.removesuffix('_km2')}" for name in CLASSES]
 
 
@@ -81,6 +83,29 @@ def test_two_periods_have_no_first_year(tmp_path, model):
     assert "first_year" not in xr.open_zarr(tmp_path / "change.zarr", group=GROUP)
 
 
+def add_year(path, year):
+    """Another year of a map that `paint` drew."""
+    store, period = Store(path), parse_period(str(year))
+    index = store.add_period(GROUP, period)
+    for tile in store.grid(GROUP).tiles(512):
+        store.write_tile(tile, index, {"probability": paint(tile, year).astype(np.uint8)})
+        store.write_record(tile, period, {"windows": [0, 2, 0, 2], "items": []})
+
+
+def test_goes_on_when_the_map_has_more_years(tmp_path, model):
+    path, out = store_of(tmp_path / "map.zarr", BOX, YEARS[:2], paint, model), tmp_path / "change.zarr"
+    for year in (None, 2023, 2024):  # with 2023 it has enough of them for a first year
+        if year is not None:
+            add_year(path, year)
+        summary = minemap.change(path, before="2019", after="2021", out=out)
+        assert summary["super_tiles_computed"] == summary["super_tiles"] == 4
+        assert minemap.change(path, before="2019", after="2021", out=out)["super_tiles_computed"] == 0
+        minemap.change(path, before="2019", after="2021", out=tmp_path / "anew.zarr", overwrite=True)
+        assert files(out) == files(tmp_path / "anew.zarr")
+    first = xr.open_zarr(out, group=GROUP).first_year.values
+    assert np.unique(first).tolist() == [0, 2019, 2021, 2023]
+
+
 def test_classes_at_the_threshold():
     before, after = np.array([49, 50, 49, 50, 255, 7], np.uint8), np.array([49, 50, 50, 49, 80, 255], np.uint8)
     assert compare(before, after, 50).tolist() == [0, 1, 2, 3, 255, 255]
@@ -115,6 +140,18 @@ def test_a_killed_run_goes_on(made, tmp_path):
     second = minemap.change(made, before="2019", after="2023", out=out)
     assert 1 <= second["super_tiles_computed"] <= second["super_tiles"] == 4
     assert {k: second[k] for k in CLASS_TOTALS} == {k: first[k] for k in CLASS_TOTALS}
+    assert files(out) == files(whole)
+
+
+def test_a_damaged_super_tile_is_made_again(made, tmp_path):
+    out, whole = tmp_path / "change.zarr", tmp_path / "whole.zarr"
+    for path in (out, whole):
+        minemap.change(made, before="2019", after="2023", out=path)
+    shard = next(p for p in sorted((out / GROUP / "change" / "c").rglob("*")) if p.is_file())
+    data = bytearray(shard.read_bytes())
+    data[10] ^= 255
+    shard.write_bytes(data)
+    assert minemap.change(made, before="2019", after="2023", out=out)["super_tiles_computed"] == 1
     assert files(out) == files(whole)
 
 
@@ -298,15 +335,49 @@ def test_minenetcd_sees_both_composites_in_the_maps_windows(mapped, changer, tmp
     assert files(tmp_path / "two.zarr") == files(tmp_path / "change.zarr")
 
 
-def test_composites_are_read_again_where_the_map_has_not_kept_them(mapped, changer, tmp_path):
-    lean = tmp_path / "map.zarr"
-    shutil.copytree(mapped, lean)
-    shutil.copytree(mapped.with_name("map.zarr.meta"), lean.with_name("map.zarr.meta"))
+def test_the_box_that_was_mapped_changes_no_pixel(two_years, mapped, changer, tmp_path):
+    """One window alone: its composites are kept to their edge, and the network looks over it."""
+    window = next(w for w in Store(mapped).grid(GROUP).tiles(256) if w.buffered(-100).inside(two_years.bbox).all())
+    small = map_years(two_years.items, window.buffered(-100).lonlat_bounds, tmp_path / "map.zarr")
+    options = {"method": "minenetcd", "model": changer, "threshold": CHANGED}
+    alone = compared(small, tmp_path / "small.zarr", **options).sel(y=window.y, x=window.x).values
+    whole = compared(mapped, tmp_path / "whole.zarr", **options).sel(y=window.y, x=window.x).values
+    assert {2, 3} <= set(np.unique(whole)) and np.array_equal(alone, whole)
+
+
+def test_kept_composites_are_used_where_they_are_what_would_be_read(two_years, changer, tmp_path):
+    """A map of one super-tile, with all that the network sees around it from scenes of the same cell."""
+    *_, tile = grids(two_years.bbox, 512)[0].tiles(512)
+    wide = map_years(two_years.items, tile.buffered(200).lonlat_bounds, tmp_path / "map.zarr")
+    lean = tmp_path / "lean.zarr"
+    shutil.copytree(wide, lean)
+    shutil.copytree(wide.with_name("map.zarr.meta"), lean.with_name("lean.zarr.meta"))
     shutil.rmtree(lean / GROUP / "composite")
-    kept = compared(mapped, tmp_path / "kept.zarr", method="minenetcd", model=changer).values
-    read = compared(lean, tmp_path / "read.zarr", method="minenetcd", model=changer).values
-    assert np.array_equal(kept == 255, read == 255) and (read != 255).any()
-    assert (kept == read).mean() > 0.97  # the kept ones are rounded, and have no halo at the map's edge
+    options = {"method": "minenetcd", "model": changer, "threshold": CHANGED}
+    read = compared(lean, tmp_path / "read.zarr", **options)
+    assert np.array_equal(compared(wide, tmp_path / "kept.zarr", **options), read)
+
+    # The kept composites exchanged: what is gained by them is lost, and what is read again stays as it was
+    store = Store(wide)
+    for each in store.grid(GROUP).tiles(512):
+        for index, image in enumerate([store.read_tile(each, n, "composite") for n in (1, 0)]):
+            store.write_tile(each, index, {"composite": image})
+    exchanged = compared(wide, tmp_path / "exchanged.zarr", **options)
+    was, now = (data.sel(y=tile.y, x=tile.x).values for data in (read, exchanged))
+    assert {2, 3} <= set(np.unique(was)) and np.array_equal(now, np.array([0, 1, 3, 2] + [255] * 252)[was])
+    around = ~(read.y.isin(tile.y) & read.x.isin(tile.x)).values
+    assert (read.values[around] == 2).any() and np.array_equal(read.values[around], exchanged.values[around])
+
+
+@pytest.mark.parametrize("name", ["planetary-computer", "earth-search", "http://127.0.0.1:9/other", "items"])
+def test_scenes_are_read_again_as_the_map_read_them(name, mapped, two_years, tmp_path, monkeypatch):
+    """Tokens are for the Planetary Computer, also where another instance of it stands in."""
+    monkeypatch.setenv("MINEMAP_PLANETARY_COMPUTER", "http://127.0.0.1:9/stac")
+    where = source(two_years.items if name == "items" else name)
+    about = Store(mapped).attributes()
+    store = Store(tmp_path / "map.zarr")
+    store.create({**about, "parameters": {**about["parameters"], "source": where.url}})
+    assert _reading(store, parse_period("2019"), BANDS).access == Access.of(where)
 
 
 def test_the_bundled_network_of_change(mapped, tmp_path, minemap):

@@ -6,8 +6,13 @@ from itertools import product
 
 import numpy as np
 import pytest
+from test_areas import BOX, store_of
 
-from minemap.consistency import CERTAIN, MINED, UNMINED, smooth, transition
+from minemap.areas import area_table, computed_tiles
+from minemap.consistency import CERTAIN, MINED, UNMINED, make_consistent, smooth, transition
+from minemap.errors import DamagedTileError, StoreError
+from minemap.scenes import parse_period
+from minemap.store import CONSISTENT, Store
 
 
 def by_hand(percent, times, threshold):
@@ -66,3 +71,57 @@ def test_chances_of_many_years():
     np.testing.assert_allclose(transition(2), two)
     np.testing.assert_allclose(transition(0.5) @ transition(0.5), transition(1))
     np.testing.assert_allclose(transition(7).sum(axis=1), 1)
+
+
+@pytest.fixture
+def made(tmp_path):
+    """Two years of four super-tiles, a tenth of it mine."""
+
+    def paint(grid, _):
+        return np.where(grid.y[:, None] > 687_500, 95, 2) + np.zeros(grid.shape, int)
+
+    return store_of(tmp_path / "map.zarr", BOX, (2020, 2021), paint, "south-america-2026")
+
+
+def areas(path):
+    return area_table(path, bbox=BOX, layer=CONSISTENT)
+
+
+def test_stopped_on_the_way_it_is_not_whole(made):
+    """The last super-tile's shard is damaged: what was written before it is there, but does not count."""
+    shard = made / "utm32620" / "probability" / "c" / "1" / "1" / "1"
+    whole = shard.read_bytes()
+    for _ in range(2):  # where there was none, and where there was a whole one
+        shard.write_bytes(bytes(255 - byte for byte in whole))
+        with pytest.raises(DamagedTileError, match="is damaged within"):
+            make_consistent(made)
+        first = computed_tiles(Store(made))[0]
+        assert (Store(made).read_tile(first, 0, CONSISTENT) != 255).any()
+        with pytest.raises(
+            StoreError, match=r"no probability_consistent of all that is mapped now: .* makes it anew"
+        ):
+            areas(made)
+        shard.write_bytes(whole)
+        make_consistent(made)
+        assert areas(made)["observed_fraction"].tolist() == pytest.approx([1, 1])
+
+
+def test_what_is_mapped_again_makes_it_stale(made):
+    make_consistent(made)
+    store, tile, period = Store(made), computed_tiles(Store(made))[0], parse_period("2021")
+    record = store.record(tile, period)
+    store.write_record(tile, period, {**record, "items": ["another"]})
+    with pytest.raises(StoreError, match="no probability_consistent of all that is mapped now"):
+        areas(made)
+    store.write_record(tile, period, record)
+    assert len(areas(made)) == 2
+    store.meta.rename(store.meta.with_name("elsewhere"))  # a copy without its ledger can't be mapped again
+    assert len(areas(made)) == 2
+
+
+def test_its_areas_have_no_measured_errors(made):
+    """Those of the model are of the raw probability."""
+    make_consistent(made)
+    raw = area_table(made, bbox=BOX)
+    assert raw["area_km2"].notna().all() and not raw["extrapolated"].any()
+    assert areas(made)["area_km2"].notna().all() and areas(made)["extrapolated"].all()

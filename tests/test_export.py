@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import warnings
 
 import geopandas
@@ -15,6 +16,7 @@ import rasterio
 import xarray as xr
 import zarr
 from conftest import item, item_file, painted
+from PIL import Image
 from pystac.extensions.mlm import MLMExtension, TaskType
 from pystac.extensions.projection import ProjectionExtension
 from pystac.extensions.table import TableExtension
@@ -43,7 +45,11 @@ def made(tmp_path_factory):
         small[lon > -66] = 5
         years = {"2022": small, "2023": percent}
         drawn[grid] = {y: np.where(grid.owned(), p, 255).astype(np.uint8) for y, p in years.items()}
-    return painted(tmp_path_factory.mktemp("made") / "map.zarr", drawn)
+    return painted(tmp_path_factory.mktemp("made") / "map.zarr", drawn, parameters=parameters("sentinel-2"))
+
+
+def parameters(sensor):
+    return {"precision": "fp32", "chunk": 512, "resolution": 10.0, "sensor": sensor}
 
 
 @pytest.mark.parametrize("ending", ["parquet", "geojson", "gpkg"])
@@ -162,6 +168,74 @@ def test_an_item_at_the_antimeridian(west, east, tmp_path):
 
 
 HERE = (-63.02, 6.2, -62.98, 6.24)
+ENDINGS = ("tif", "png", "zarr", "geojson", "parquet", "gpkg", "pmtiles", "html")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """One zone with a square mine, in a year and, written later, in the year's first half."""
+    (grid,) = grids(HERE, 512)
+    year, half = np.full(grid.shape, 5, np.uint8), np.full(grid.shape, 5, np.uint8)
+    year[100:200, 100:200] = half[100:150, 100:150] = 90
+    drawn = {grid: {"2023": year, "2023-01/2023-06": half}}
+    return painted(tmp_path_factory.mktemp("small") / "map.zarr", drawn, parameters=parameters("sentinel-2"))
+
+
+def test_all_kinds_of_files_show_the_same_last_period(small, tmp_path):
+    """Of two periods that start on one day the one that ends later, in whichever order they were mapped."""
+    ends = {read_item(export(small, tmp_path / f"m.{e}")).properties["end_datetime"][:10] for e in ENDINGS[2:-1]}
+    with rasterio.open(export(small, tmp_path / "m.tif", threshold=0.5)) as source:
+        assert (source.read(1) == 1).sum() == 100 * 100 and source.tags()["period"] == "2023-01-01/2023-12-31"
+    with rasterio.open(export(small, tmp_path / "h.tif", threshold=0.5, date="2023-01/2023-06")) as source:
+        assert (source.read(1) == 1).sum() == 50 * 50
+    assert ends | {read_item(tmp_path / "m.tif").properties["end_datetime"][:10]} == {"2023-12-31"}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_what_is_no_map_is_said_of_every_kind_of_file(ending, minemap, tmp_path):
+    Store.at(tmp_path / "change.zarr", "change").create({"parameters": {}})
+    before = sorted(tmp_path.iterdir())
+    for name, said in (("change.zarr", "is a store of kind 'change', not 'map'"), ("nothing", "it does not exist")):
+        done = minemap("export", tmp_path / name, tmp_path / f"x.{ending}")
+        assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and said in done.stderr, done.stderr
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_a_map_exports_from_inside_itself(ending, small, minemap, tmp_path, monkeypatch):
+    monkeypatch.chdir(small)
+    done = minemap("export", ".", tmp_path / f"x.{ending}")
+    assert done.returncode == 0 and (tmp_path / f"x.{ending}").exists(), done.stderr
+
+
+def test_a_zone_without_the_period_is_said(small, tmp_path):
+    """A raster's periods are those of its zone, whatever other zones have."""
+    path = tmp_path / "map.zarr"
+    shutil.copytree(small, path)
+    shutil.copytree(small.with_name("map.zarr.meta"), path.with_name("map.zarr.meta"))
+    (east,) = grids((-59.02, 6.2, -58.98, 6.24), 512)
+    Store(path).add_zone(east, 512, None)
+    Store(path).consolidate()
+    with pytest.raises(InputError, match="has nothing mapped yet in utm32621"):
+        export(path, tmp_path / "m.tif", zone="utm32621")
+    Store(path).add_period("utm32621", parse_period("2022"))
+    with pytest.raises(InputError, match="has nothing mapped yet for 2022-01-01/2022-12-31"):
+        export(path, tmp_path / "m.tif", zone="utm32621")
+    with pytest.raises(InputError, match="no period 2023-01-01/2023-12-31: it has 2022-01-01/2022-12-31"):
+        export(path, tmp_path / "m.tif", zone="utm32621", date="2023")
+
+
+def test_a_picture_names_the_sensor(tmp_path):
+    """The same map of two sensors: two pictures that differ in nothing but the title of the composite."""
+    (grid,) = grids(HERE, 512)
+    pictures = []
+    for sensor in ("sentinel-2", "landsat-8-9"):
+        drawn = {grid: {"2023": np.full(grid.shape, 90, np.uint8)}}
+        path = painted(tmp_path / f"{sensor}.zarr", drawn, parameters=parameters(sensor))
+        pictures.append(np.asarray(Image.open(export(path, tmp_path / f"{sensor}.png"))))
+    rows, columns = np.nonzero((pictures[0] != pictures[1]).any(axis=2))
+    height, width, _ = pictures[0].shape
+    assert rows.size and rows.max() < height / 8 and columns.max() < width / 2
 
 
 def test_nothing_to_export(tmp_path):

@@ -110,6 +110,22 @@ def test_the_file_asks_for_nothing_and_no_text_of_data_is_markup(page):
     assert set(re.findall(r"https?://[^\s\"']+", text)) <= {"http://www.w3.org/2000/svg", "http://127.0.0.1:9/x\\"}
 
 
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """A page of 2023 alone, of a map that saw the place without its mine in 2021."""
+    grid = Grid(32620, 25 * float(CELL), 34 * float(CELL), 512, 512)
+    bare, mined = np.full(grid.shape, 3, np.uint8), np.full(grid.shape, 3, np.uint8)
+    mined[200:300, 200:300] = 90
+    folder = tmp_path_factory.mktemp("begun")
+    path = painted(folder / "map.zarr", {grid: {"2021": bare, "2023": mined}})
+    return export_page(path, folder / "m.html", date="2023")
+
+
+def test_a_page_knows_the_first_year_of_the_map_not_of_what_it_shows(begun):
+    data = data_of(begun)
+    assert data["first_year"] == 2021 and data["polygons"][0][0]["year"] == 2023
+
+
 def test_thousands_of_polygons_fit(tmp_path):
     noise = ndimage.gaussian_filter(np.random.default_rng(0).normal(size=(1024, 1024)), 1.2)
     percent = np.where(noise > np.quantile(noise, 0.75), 90, 3).astype(np.uint8)
@@ -177,16 +193,19 @@ def test_bad_input(made, minemap, tmp_path):
 # --- in a browser -----------------------------------------------------------------------------------------------
 
 
+UNPROVEN = "that the page works in a browser is NOT PROVEN here: "
+
+
 @pytest.fixture(scope="module")
 def browser():
-    """A headless Chromium that finds no host, or a skip."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    """A headless Chromium that finds no host, or a skip that says what was not proven."""
+    playwright = pytest.importorskip("playwright.sync_api", reason=UNPROVEN + "pip install playwright")
     names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
     with playwright.sync_playwright() as started:
         own = started.chromium.executable_path
         found = own if Path(own).exists() else next(filter(None, map(shutil.which, names)), None)
         if found is None:
-            pytest.skip("no Chromium on this machine")
+            pytest.skip(UNPROVEN + "no Chromium, apt-get install chromium (or: playwright install chromium)")
         arguments = ["--no-sandbox", "--host-resolver-rules=MAP * ~NOTFOUND"]
         started_browser = started.chromium.launch(executable_path=found, args=arguments)
         yield started_browser
@@ -259,6 +278,17 @@ def _yellow(png):
     """Pixels in the colour of outlines."""
     red, green, blue = np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).astype(int).transpose(2, 0, 1)
     return int(((red > 220) & (green > 180) & (blue < 110)).sum())
+
+
+def test_a_mine_that_was_seen_to_begin_is_not_called_older(begun, opened):
+    open_page, _, wrong = opened
+    tab = open_page(begun)
+    assert tab.locator("#rows td").last.inner_text() == "2023"
+    tab.locator("#colour").select_option("year")
+    legend = tab.locator("#legend").inner_text()
+    assert "2023" in legend and "or before" not in legend and wrong == []
+    ticks = tab.locator("#chart text[text-anchor=end]").all_text_contents()
+    assert ticks == ["0.00", "0.25", "0.50", "0.75", "1.00", "1.25"]
 
 
 def test_one_period_has_no_slider(made, opened, tmp_path):
