@@ -55,10 +55,10 @@ def area_table(
     area_km2_lower, area_km2_upper, the estimate and its 90 % bounds (NaN where the model knows no errors);
     observed_fraction of the site; gain_km2 and loss_km2 against the row before, on the pixels observed in both, which
     are common_observed_fraction of the site (NaN in a site's first row); poorly_observed, a flag: observed_fraction
-    below POOR; extrapolated, a flag: the model's errors were not measured under such conditions, so that the bounds
-    hold nothing (always so for "probability_consistent": the errors are those of "probability"); period, first and
-    last day. All areas are of observed pixels, on the ellipsoid: what was not seen is in none of them, and where
-    nothing was seen they are NaN, as for a site outside the map. Raises InputError, StoreError.
+    below POOR; extrapolated, a flag: the model's errors were not measured under such conditions, nor ever for
+    "probability_consistent", so that the bounds are not to be trusted; period, first and last day. All areas are of
+    observed pixels, on the ellipsoid: what was not seen is in none of them, and where nothing was seen they are NaN,
+    as for a site outside the map. Raises InputError, StoreError.
     """
     store = Store.at(path)
     chosen = _sites(sites, bbox, buffer)
