@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from .areas import computed_tiles, ledger_digest, read_periods, sorted_periods
+from .errors import StoreError
 from .inference import NOT_OBSERVED
 from .store import CONSISTENT, Store
 
@@ -77,10 +78,12 @@ def make_consistent(path: str | Path) -> None:
     Stopped on the way it leaves none that counts. Raises InputError, StoreError.
     """
     store = Store.at(path)
-    periods = sorted_periods(store)
-    times = [period.start.toordinal() / 365.2425 for period in periods]
     threshold = store.attributes()["recipe"]["threshold"]
+    if not store.meta.is_dir():
+        raise StoreError(f"{store.path} has lost {store.meta.name}: put it beside the store again")
     with store.locked():
+        periods = sorted_periods(store)
+        times = [period.start.toordinal() / 365.2425 for period in periods]
         for group in store.groups():
             store.add_consistent(group, None)
         for tile in computed_tiles(store):

@@ -26,6 +26,7 @@ from minemap.training.evaluate import MARGIN, QUICK, evaluate, padding, predict_
 from minemap.training.loop import STATE, load_sets, make_recipe, rate, start_network, train
 
 TINY = {"epochs": 2, "batch": 4, "sizes": [32], "precision": "fp32", "threads": 1, "learning_rate": 1e-3}
+TINY |= {"encoder": "resnet18"}  # the default is several times as slow
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +53,7 @@ def _config(chips: str, out: Path, **changes: object) -> TrainConfig:
 
 
 def test_it_learns(chips: str, tmp_path: Path) -> None:
-    config = _config(
-        chips, tmp_path, architecture="fpn", encoder="resnet18", epochs=6, epoch_samples=40, warmup=1, affine=0.0
-    )
+    config = _config(chips, tmp_path, architecture="fpn", epochs=6, epoch_samples=40, warmup=1, affine=0.0)
     checkpoint = train(config)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
@@ -333,9 +332,10 @@ def test_start_network_from_its_teacher(teacher: str) -> None:
 def test_what_goes_on_from_a_network_has_its_encoder(chips: str, tmp_path: Path) -> None:
     options = {"architecture": "fpn", "encoder": "resnet18", "epochs": 1, "epoch_samples": 4}
     small = str(train(_config(chips, tmp_path / "teacher", **options)).path)
-    student = train(_config(chips, tmp_path / "student", teacher=small, epochs=1, epoch_samples=4))
+    follows = {"encoder": None, "epochs": 1, "epoch_samples": 4}
+    student = train(_config(chips, tmp_path / "student", teacher=small, **follows))
     assert student.recipe.options["encoder"] == "resnet18"
-    tuned = train(_config(chips, tmp_path / "tuned", architecture="fpn", start=small, epochs=1, epoch_samples=4))
+    tuned = train(_config(chips, tmp_path / "tuned", architecture="fpn", start=small, **follows))
     assert tuned.recipe.options["encoder_name"] == "resnet18"
 
 
@@ -347,7 +347,7 @@ def _ends_as(checkpoint: Checkpoint, run: Path) -> bool:
 
 
 def test_the_epoch_that_is_kept(chips: str, tmp_path: Path) -> None:
-    options = {"architecture": "fpn", "encoder": "resnet18", "epoch_samples": 4, "patience": 9}
+    options = {"architecture": "fpn", "epoch_samples": 4, "patience": 9}
     best = train(_config(chips, tmp_path / "best", epochs=4, **options))
     rows = [json.loads(line) for line in (tmp_path / "best" / "metrics.jsonl").read_text().splitlines()]
     epochs = 1 + int(np.argmax([row["miou"] for row in rows]))
@@ -358,7 +358,7 @@ def test_the_epoch_that_is_kept(chips: str, tmp_path: Path) -> None:
 
 
 def test_a_plateau_halves_the_rate_and_ends_the_run(chips: str, tmp_path: Path) -> None:
-    options = {"architecture": "fpn", "encoder": "resnet18", "epoch_samples": 4, "epochs": 30}
+    options = {"architecture": "fpn", "epoch_samples": 4, "epochs": 30}
     train(_config(chips, tmp_path, learning_rate=0.0, warmup=0, patience=2, stop=5, ema=0.99999, **options))
     state = torch.load(tmp_path / STATE, weights_only=True)["state"]
     assert state["best_epoch"] == 0 and state["epoch"] == 6  # five epochs without a better one
