@@ -241,11 +241,11 @@ def mapped(two_years, tmp_path_factory):
     return map_years(two_years.items, two_years.bbox, tmp_path_factory.mktemp("mapped") / "map.zarr")
 
 
-def map_years(items, bbox, out):
+def map_years(items, bbox, out, model="demo-2026"):
     for year in (2019, 2023):
         options = {
             "stac": items,
-            "model": "demo-2026",
+            "model": model,
             "chunk": 512,
             "min_clear": 1,
             "keep_composite": True,
@@ -345,10 +345,10 @@ def test_the_box_that_was_mapped_changes_no_pixel(two_years, mapped, changer, tm
     assert {2, 3} <= set(np.unique(whole)) and np.array_equal(alone, whole)
 
 
-def test_kept_composites_are_used_where_they_are_what_would_be_read(two_years, changer, tmp_path):
+def test_kept_composites_are_used_where_they_are_what_would_be_read(two_years, model, changer, tmp_path):
     """A map of one super-tile, with all that the network sees around it from scenes of the same cell."""
     *_, tile = grids(two_years.bbox, 512)[0].tiles(512)
-    wide = map_years(two_years.items, tile.buffered(200).lonlat_bounds, tmp_path / "map.zarr")
+    wide = map_years(two_years.items, tile.buffered(200).lonlat_bounds, tmp_path / "map.zarr", model)
     lean = tmp_path / "lean.zarr"
     shutil.copytree(wide, lean)
     shutil.copytree(wide.with_name("map.zarr.meta"), lean.with_name("lean.zarr.meta"))
