@@ -321,18 +321,6 @@ class Store:
                 "place again"
             ) from error
 
-    def read_around(self, wanted: Grid, index: int, name: str) -> np.ndarray:
-        """Like `read_tile`, of a place that may reach beyond what the store covers: 0 there."""
-        whole = self.grid(wanted.group)
-        row, column = wanted.offset_in(whole)
-        top, left = max(0, -row), max(0, -column)
-        height = min(wanted.height, whole.height - row) - top
-        width = min(wanted.width, whole.width - column) - left
-        inside = self.read_tile(wanted.window(top, left, height, width), index, name)
-        after = wanted.height - top - height, wanted.width - left - width
-        pads = [(0, 0)] * (inside.ndim - 2) + [(top, after[0]), (left, after[1])]
-        return np.pad(inside, pads)
-
     def kept_bands(self, group: str) -> list[str] | None:
         """Bands of the composite that a map has kept, None where it has not."""
         zone = self._zone(group)
