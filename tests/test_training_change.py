@@ -20,6 +20,7 @@ from minemap.training.evaluate import predict_chips
 from minemap.training.loop import make_recipe, train
 
 TINY = {"architecture": "minenetcd", "encoder": "resnet18", "selection": "none", "ssim": 0.0, "boundary": 0.0}
+TINY |= {"precision": "fp32"}
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from minemap.checkpoint import Checkpoint, load_model
 from minemap.errors import InputError
-from minemap.inference import percent
+from minemap.inference import native_precision, percent
 from minemap.training.card import rewrite
 from minemap.training.chips import IGNORE, Chips, check_leakage, load_chips
 from minemap.training.evaluate import predict_chips
@@ -163,7 +163,7 @@ def main(arguments: list[str] | None = None) -> None:
     checkpoint, held_out = load_model(args.model), chips.split(args.split)
     check_leakage(held_out, chips.where(chips.column("split") != args.split))
     recipe = checkpoint.recipe
-    chance = predict_chips(checkpoint.network(), recipe, held_out, precision="bf16")
+    chance = predict_chips(checkpoint.network(), recipe, held_out, precision=native_precision())
     model = build(blocks_of(chance, held_out, recipe.resolution), held_out, recipe.threshold)
     print(json.dumps(asdict(model), indent=1))
     if not args.dry_run:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from minemap.checkpoint import WEIGHTS, Checkpoint, Recipe, load_model, save
 from minemap.errors import InputError
+from minemap.inference import native_precision
 from minemap.sentinel2 import BANDS
 from minemap.training import metrics
 from minemap.training.chips import Chips, keep_bands, load_chips
@@ -27,9 +28,9 @@ KEYS = ("accuracy", "mf1", "miou", "mine_iou", "precision", "recall", "boundary_
 SUBSETS = {"all bands": BANDS, "without SWIR": BANDS[:4], "RGB only": BANDS[:3]}
 
 
-def measure(checkpoint: Checkpoint, chips: Chips, rgb: Chips | None, *, precision: str = "bf16") -> dict[str, Any]:
+def measure(checkpoint: Checkpoint, chips: Chips, rgb: Chips | None) -> dict[str, Any]:
     """Every figure of the card, in per cent unless its name says otherwise."""
-    network, recipe = checkpoint.network(), checkpoint.recipe
+    network, recipe, precision = checkpoint.network(), checkpoint.recipe, native_precision()
     answers = {
         name: predict_chips(network, recipe, keep_bands(chips, b), precision=precision) for name, b in SUBSETS.items()
     }

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from minemap import models
 from minemap.checkpoint import DEFAULT_MODEL, Recipe, load_model, save
+from minemap.inference import native_precision
 from minemap.models.minenetcd import MineNetCD
 from minemap.training import metrics
 from minemap.training.batches import make_batch
@@ -195,7 +196,7 @@ def difference_of_maps(chips: str) -> dict[str, Any]:
     dates = load_chips(chips)
     pairs = load_pairs(chips)
     keep = (pairs.column("split") == "val") & (pairs.mask != metrics.IGNORE).any(axis=(1, 2))
-    probability = predict_chips(model.network(), model.recipe, dates.where(keep), precision="bf16")
+    probability = predict_chips(model.network(), model.recipe, dates.where(keep), precision=native_precision())
     mine = (probability >= model.recipe.threshold).reshape(-1, 2, *probability.shape[1:])
     gain = mine[:, 1] & ~mine[:, 0]
     loss = mine[:, 0] & ~mine[:, 1]

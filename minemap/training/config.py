@@ -9,6 +9,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from minemap.checkpoint import DERIVED
 from minemap.errors import InputError
+from minemap.inference import native_precision
 from minemap.sentinel2 import BANDS
 
 # Reflectance that the atmosphere adds at the top: the gap of the dark objects (5th percentile of pixels that
@@ -86,12 +87,15 @@ class TrainConfig:
     toa: float = 0.0  # probability that an RGB sample gets top-of-atmosphere offsets or loses them
 
     seed: int = 0
-    precision: str = "bf16"  # or "fp32"
+    precision: str = "native"  # "bf16" or "fp32"; native: bf16 on a GPU and on processors that multiply it
     device: str = "cpu"
     threads: int = 2
     quiet: bool = True
 
     def __post_init__(self) -> None:
+        if self.precision == "native":
+            named = native_precision() if self.device == "cpu" else "bf16"
+            object.__setattr__(self, "precision", named)  # the recipe says which it was
         for key, kind in option_types().items():
             if not _is(value := getattr(self, key), kind):
                 raise InputError(f"training option {key}={value!r} is no {getattr(kind, '__name__', kind)}")

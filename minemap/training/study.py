@@ -21,7 +21,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from minemap.checkpoint import load_model
 from minemap.errors import InputError
+from minemap.inference import native_precision
 from minemap.training import metrics
 from minemap.training.chips import load_chips
 from minemap.training.coarse import COARSENINGS
@@ -54,6 +56,7 @@ BASE: dict[str, Any] = {
 }
 SCRATCH = {"encoder": "tu-tf_efficientnet_lite0", "imagenet": True, "learning_rate": 1e-3, "epochs": 25}
 STUDENT = {"architecture": "minec2fnet", "selection": "hybrid", "distill": 0.3}
+REFINED = {"rows": "all", "holdout": 0.0, "epochs": 30}  # learns from the fine chips and the corrected coarse ones
 FEWER = {"fine_share": 0.05}  # a part of the draw's fine blocks; the teacher of the draw has seen none of them
 TEACHER = "fpn_coarse"
 # Method -> what it changes in BASE. Those that name no SCRATCH start from the teacher of their draw.
@@ -66,6 +69,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "replay": {"replay": 0.25},
     "lwm": {"selection": "standard", "attention": 1.0},
     "minec2fnet_fresh": {**STUDENT, "fresh": True, **SCRATCH},
+    "fpn_refined": {**SCRATCH, **REFINED},
+    "minec2fnet_refined": {**STUDENT, "fresh": True, **SCRATCH, **REFINED},
     "fewer_fpn_fine": {**SCRATCH, **FEWER},
     "fewer_fpn_finetune": {**FEWER},
     "fewer_minec2fnet": {**STUDENT, **FEWER},
@@ -87,10 +92,14 @@ METHODS: dict[str, dict[str, Any]] = {
         **SCRATCH,
     },
 }
+CORRECTS = {"fpn_refined": "fpn_finetune", "minec2fnet_refined": "minec2fnet"}  # by which network of the same draw
 # Table -> its methods, and those that the others are compared with
 TABLES = {
     "methods": (
-        (TEACHER, "fpn_fine", "fpn_finetune", "lwf", "lwm", "replay", "minec2fnet", "minec2fnet_fresh"),
+        (
+            *(TEACHER, "fpn_fine", "fpn_finetune", "lwf", "lwm", "replay", "minec2fnet", "minec2fnet_fresh"),
+            *("fpn_refined", "minec2fnet_refined"),
+        ),
         ("fpn_fine", "fpn_finetune"),
     ),
     "fewer": (
@@ -115,9 +124,14 @@ def run(chips: str, out: Path, *, draws: int, methods: Iterable[str], coarse: st
         raise InputError(f"{out} holds a study of coarse labels {other[0]}, not {coarse}: give another folder")
     done = {(row["draw"], row["method"]) for row in rows}
     for draw in range(draws):
-        for method in dict.fromkeys([TEACHER, *methods]):
+        for method in in_order(methods):
             if (draw, method) not in done:
                 write(out, [run_one(chips, out, draw=draw, method=method, coarse=coarse)])
+
+
+def in_order(methods: Iterable[str]) -> list[str]:
+    """The methods with those they build on before them, each once."""
+    return list(dict.fromkeys([TEACHER, *(m for one in methods for m in (CORRECTS.get(one, one), one))]))
 
 
 def run_one(chips: str, out: Path, *, draw: int, method: str, coarse: str) -> dict[str, Any]:
@@ -126,14 +140,15 @@ def run_one(chips: str, out: Path, *, draw: int, method: str, coarse: str) -> di
     from minemap.training.loop import train
 
     changes = METHODS[method]
-    values = BASE | changes | {"data": [chips], "out": str(out / f"{method}-{draw}")}
+    data = str(correct(chips, out, draw=draw, method=method, coarse=coarse)) if method in CORRECTS else chips
+    values = BASE | changes | {"data": [data], "out": str(out / f"{method}-{draw}")}
     values |= {"seed": draw, "fine_seed": draw, "coarse": coarse if method == TEACHER else "none"}
     if not changes.get("imagenet") or changes.get("fresh"):
         values["teacher"] = str(out / f"{TEACHER}-{draw}" / "model")
     config = make_config(values)
     checkpoint = train(config)
     val = load_chips(chips).split("val").decided()
-    chance = predict_chips(checkpoint.network(), checkpoint.recipe, val, precision="bf16", seen=QUICK)
+    chance = predict_chips(checkpoint.network(), checkpoint.recipe, val, precision=native_precision(), seen=QUICK)
     counts = metrics.confusion(chance >= THRESHOLD, val.mask)
     blocks = {b: counts[val.column("block") == b].sum(axis=0).tolist() for b in np.unique(val.column("block"))}
     return {
@@ -143,6 +158,22 @@ def run_one(chips: str, out: Path, *, draw: int, method: str, coarse: str) -> di
         "miou": 100 * metrics.scores(counts.sum(axis=0))["miou"],
         "blocks": blocks,
     }
+
+
+def correct(chips: str, out: Path, *, draw: int, method: str, coarse: str) -> Path:
+    """The draw's fine chips and its coarse ones corrected by the network before, as one file."""
+    from minemap.training.chips import joined, save_chips
+    from minemap.training.evaluate import QUICK
+    from minemap.training.loop import load_sets
+    from minemap.training.refine import refine
+
+    before = load_model(out / f"{CORRECTS[method]}-{draw}" / "model")
+    draws = {"data": [chips], "out": "", "fine_share": BASE["fine_share"], "fine_seed": draw}
+    fine, _ = load_sets(make_config(draws | {"rows": "fine"}))
+    rest, _ = load_sets(make_config(draws | {"rows": "rest", "coarse": coarse, "holdout": 0.0}))
+    path = out / f"{method}-{draw}.npz"
+    save_chips(path, joined([*fine, refine(rest[0], before, threshold=THRESHOLD, seen=QUICK)]))
+    return path
 
 
 def read(out: Path) -> list[dict[str, Any]]:

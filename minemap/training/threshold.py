@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from minemap.checkpoint import Checkpoint, load_model
 from minemap.errors import InputError
+from minemap.inference import native_precision
 from minemap.training import metrics
 from minemap.training.card import rewrite
 from minemap.training.chips import Chips
@@ -63,7 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
     models = [load_model(name) for name in (args.model, *args.others)]
     held = [held_out(model, args.chips) for model in models]
     answers = [
-        predict_chips(model.network(), model.recipe, own, precision="bf16")
+        predict_chips(model.network(), model.recipe, own, precision=native_precision())
         for model, own in zip(models, held, strict=True)
     ]
     probability, mask = np.concatenate(answers), np.concatenate([own.mask for own in held])

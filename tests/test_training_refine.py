@@ -1,0 +1,87 @@
+"""Coarse labels corrected by a network: the rule pixel by pixel, and the file that a training reads."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from minemap.checkpoint import load_model, save
+from minemap.sentinel2 import BANDS
+from minemap.training import refine, study
+from minemap.training.chips import Chips, joined, load_chips, save_chips
+from minemap.training.coarse import BLOBS, coarsen_chips
+from minemap.training.evaluate import predict_chips
+
+
+@pytest.fixture
+def chips() -> Chips:
+    """Two places of 24 px at two dates, the second without infrared at its first date."""
+    rng = np.random.default_rng(0)
+    image = rng.integers(1, 4000, (4, 6, 24, 24)).astype(np.float32) / 10_000
+    image[2, 3:] = np.nan
+    mask = np.zeros((4, 24, 24), np.uint8)
+    mask[:, 5:9, 5:15], mask[:, :2] = 1, 255
+    columns = {"sample": ["0", "0", "1", "1"], "date": ["0", "1"] * 2, "block": ["a", "a", "b", "b"]}
+    columns["split"] = ["train"] * 4
+    return Chips(image, mask, {k: np.array(v) for k, v in columns.items()}, resolution=20.0)
+
+
+def test_the_networks_answer_where_the_outline_does_not_speak_against_it() -> None:
+    coarse = np.array([0, 0, 1, 1, 255, 255], np.uint8)
+    mine = np.array([False, True, False, True, False, True])
+    assert refine.corrected(coarse, mine).tolist() == [0, 255, 0, 1, 255, 255]
+
+
+def test_chips_are_saved_as_they_are_read(chips: Chips, tmp_path: Path) -> None:
+    save_chips(tmp_path / "some" / "chips.npz", chips)
+    again = load_chips(tmp_path / "some" / "chips.npz")
+    np.testing.assert_allclose(again.image, chips.image, atol=1e-6)
+    np.testing.assert_array_equal(again.mask, chips.mask)
+    assert again.resolution == 20 and again.column("date").tolist() == chips.column("date").tolist()
+    assert again.column("sample").tolist() == ["0", "1", "2", "3"]  # a row of its own for each
+    assert [p.name for p in (tmp_path / "some").iterdir()] == ["chips.npz"]
+
+
+def test_sets_are_joined_on_the_columns_they_share(chips: Chips) -> None:
+    other = replace(chips, columns={**chips.columns, "place": np.array(["p"] * 4)})
+    both = joined([chips, other])
+    assert len(both) == 8 and set(both.columns) == set(chips.columns)
+    np.testing.assert_array_equal(both.mask[4:], chips.mask)
+
+
+def test_command_writes_chips_to_learn_from(
+    chips: Chips, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    coarse = coarsen_chips(chips, BLOBS)
+    save_chips(tmp_path / "coarse.npz", coarse)
+    random = load_model(model)
+    answer = predict_chips(random.network(), random.recipe, load_chips(tmp_path / "coarse.npz"))
+    recipe = replace(random.recipe, threshold=float(np.median(answer)))
+    sure = save(tmp_path / "sure", random.network(), recipe)  # half of the pixels are mine to it
+    refine.main([str(tmp_path / "coarse.npz"), str(sure.path), str(tmp_path / "out.npz")])
+    told, written = json.loads(capsys.readouterr().out), load_chips(tmp_path / "out.npz")
+    np.testing.assert_array_equal(written.mask, refine.corrected(coarse.mask, answer >= recipe.threshold))
+    assert told["mine_after"] == (written.mask == 1).sum() and told["mine_before"] == (coarse.mask == 1).sum()
+    assert len(np.unique(written.mask)) == 3  # else this shows little
+
+
+def test_the_study_corrects_the_rest_of_a_draw(model: Path, tmp_path: Path) -> None:
+    """Fine labels where the draw has them; the network before answers for the rest; what it held out is left out."""
+    rng, n = np.random.default_rng(1), 40
+    mask = np.zeros((n, 24, 24), np.uint8)
+    mask[:, 6:12, 6:12] = 1
+    columns = {"block": np.arange(n).astype(str), "split": np.array(["train"] * 30 + ["val"] * 10)}
+    image = rng.integers(1, 4000, (n, 6, 24, 24)).astype(np.float32) / 10_000
+    save_chips(tmp_path / "chips.npz", Chips(image, mask, columns))
+    (tmp_path / "minec2fnet-0").mkdir()
+    (tmp_path / "minec2fnet-0" / "model").symlink_to(model)
+    path = study.correct(str(tmp_path / "chips.npz"), tmp_path, draw=0, method="minec2fnet_refined", coarse="blobs")
+    made = load_chips(path)
+    assert set(made.column("split")) == {"train"} and 25 < len(made) < 30
+    as_drawn = (made.mask == mask[0]).all(axis=(1, 2))
+    assert 2 <= as_drawn.sum() <= 5 and not (made.mask[~as_drawn] == mask[0]).all()
+    assert made.image.shape[1] == len(BANDS)
