@@ -27,7 +27,7 @@ import numpy as np
 
 from . import __version__
 from .annual import TABLES, file_to_write, write_table
-from .areas import first_year, read_periods
+from .areas import check_threshold, first_year, read_periods
 from .checkpoint import DEFAULT_CHANGE_MODEL, Checkpoint, load_model
 from .cluster import check_workers, connect, worker_count
 from .compositing import Rule
@@ -285,8 +285,8 @@ class Plan:
     ) -> Plan:
         if method not in METHODS:
             raise InputError(f"unknown method {method!r}: give one of {', '.join(METHODS)}")
-        if threshold is not None and not 0 <= threshold <= 1:
-            raise InputError(f"threshold {threshold} is a probability, 0 to 1")
+        if threshold is not None:
+            check_threshold(threshold)
         target = file_to_write(table, TABLES, "table") if table is not None else None
         source, store = Store.at(path), Store.at(out, "change")
         about = source.attributes()

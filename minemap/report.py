@@ -166,9 +166,8 @@ def _windows(record: dict[str, Any]) -> int:
 
 
 def _looks(plan: Plan) -> tuple[float, int]:
-    """Mean number of acquisitions a newly chosen cell has, and the most items."""
-    if not plan.cells:
-        return float(plan.options.max_scenes), plan.options.max_scenes
-    counts = [len(cell) for cell in plan.cells.values()]
-    items = max(sum(len(a.items) for a in cell) for cell in plan.cells.values())
-    return sum(counts) / len(counts), items
+    """Mean number of acquisitions of a cell, chosen now or frozen before, and the most items of one."""
+    before = {(w.tile.group, w.tile.cell) for w in plan.work} - plan.cells.keys()
+    frozen = [plan.store.read_cell(*cell, plan.period) or [] for cell in before] if plan.store else []
+    cells = [[len(a.items) for a in cell] for cell in plan.cells.values()] + [[len(a) for a in c] for c in frozen]
+    return sum(len(cell) for cell in cells) / len(cells), max(sum(cell) for cell in cells)

@@ -305,7 +305,14 @@ class Store:
             scale = QUICKLOOK if name == "quicklook" else 1
             y = slice(row // scale, row // scale + data.shape[-2])
             x = slice(column // scale, column // scale + data.shape[-1])
-            _array(zone, name)[(y, x) if index is None else (index, ..., y, x)] = data
+            array, place = _array(zone, name), (y, x) if index is None else (index, ..., y, x)
+            try:
+                array[place] = data
+            except (RuntimeError, ValueError):  # zarr reads a shard's index before it writes, and this one is damaged
+                first = [*([] if index is None else [index, *[0] * (array.ndim - 3)]), y.start, x.start]
+                shard = tuple(n // side for n, side in zip(first, array.shards or array.chunks, strict=True))
+                (self.path / tile.group / name / array.metadata.encode_chunk_key(shard)).unlink()
+                array[place] = data
 
     def read_tile(self, tile: Grid, index: int | None, name: str) -> np.ndarray:
         """A layer of a super-tile or a part of it, (…, y, x), as stored. Raises DamagedTileError."""

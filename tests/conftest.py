@@ -45,7 +45,7 @@ def shared() -> Path:
 def scene(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     """A year of the synthetic scene, 640 px a side, in zone 20 N."""
     folder = tmp_path_factory.mktemp("scene")
-    return make_demo(folder, DemoConfig(seed=5, size=640, years=(2023,), scenes_per_year=7, cloud=0.15))
+    return make_demo(folder, DemoConfig(seed=5, size=640, years=(2023,), scenes_per_year=5, cloud=0.05))
 
 
 @pytest.fixture(scope="session")

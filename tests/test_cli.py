@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 CONTRACT = ["km2_total", "km2_observed", "km2_mine", "super_tiles", "super_tiles_done", "items", "seconds", "out"]
 CONTRACT += ["model", "model_sha256"]
-BOX = ("-63.37", "6.23", "-63.33", "6.27")
+BOX = ("-63.36", "6.24", "-63.34", "6.26")
 
 
 def outcome(done: subprocess.CompletedProcess[str]) -> tuple[int, list[str]]:

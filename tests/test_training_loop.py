@@ -26,7 +26,7 @@ from minemap.training.evaluate import MARGIN, QUICK, evaluate, padding, predict_
 from minemap.training.loop import STATE, load_sets, make_recipe, rate, start_network, train
 
 TINY = {"epochs": 2, "batch": 4, "sizes": [32], "precision": "fp32", "threads": 1, "learning_rate": 1e-3}
-TINY |= {"encoder": "resnet18"}  # the default is several times as slow
+TINY |= {"encoder": "tu-lcnet_050"}  # the default is several times as slow
 
 
 @pytest.fixture(scope="module")

@@ -30,10 +30,32 @@ def chips() -> Chips:
     return Chips(image, mask, {k: np.array(v) for k, v in columns.items()}, resolution=20.0)
 
 
-def test_the_networks_answer_where_the_outline_does_not_speak_against_it() -> None:
-    coarse = np.array([0, 0, 1, 1, 255, 255], np.uint8)
-    mine = np.array([False, True, False, True, False, True])
-    assert refine.corrected(coarse, mine).tolist() == [0, 255, 0, 1, 255, 255]
+def test_outlines_of_known_quality_are_found_out() -> None:
+    """A network and outlines that err independently: the labels are Bayes' with the true shares, by hand."""
+    rng, n = np.random.default_rng(3), 200_000
+    truth = rng.random(n) < 0.3
+    signal = rng.normal(np.where(truth, 1.0, -1.0), 1.2)
+    odds = 2 * signal / 1.2**2 + np.log(0.3 / 0.7)
+    hit, false = 0.95, 0.2
+    coarse = (rng.random(n) < np.where(truth, hit, false)).astype(np.uint8)
+    coarse[:1000] = 255
+    weight = np.where(coarse == 1, np.log(hit / false), np.log((1 - hit) / (1 - false)))
+    exact = 1 / (1 + np.exp(-(odds + weight)))
+    labels = refine.corrected(coarse, odds)
+    assert (labels[:1000] == 255).all()
+    decided = (np.abs(exact - 0.5) > 0.23) & (coarse != 255)
+    assert (labels[decided] == (exact[decided] > 0.5)).mean() > 0.999
+    assert (labels[np.abs(exact - 0.5) < 0.17] == 255).mean() > 0.999
+    kept = labels != 255
+    assert (labels[kept] == truth[kept]).mean() > max((coarse == truth).mean(), ((odds > 0) == truth).mean()) + 0.02
+
+
+@pytest.mark.parametrize("said", [0, 1, 255])
+def test_outlines_that_say_one_thing_leave_the_network_as_it_is(said: int) -> None:
+    coarse = np.full((2, 3), said, np.uint8)
+    odds = np.array([[-5.0, 5.0, 0.1], [-1.0, 1.0, 9.0]])
+    expected = np.array([[0, 1, 255], [0, 1, 1]]) if said != 255 else coarse
+    np.testing.assert_array_equal(refine.corrected(coarse, odds), expected)
 
 
 def test_chips_are_saved_as_they_are_read(chips: Chips, tmp_path: Path) -> None:
@@ -64,7 +86,8 @@ def test_command_writes_chips_to_learn_from(
     sure = save(tmp_path / "sure", random.network(), recipe)  # half of the pixels are mine to it
     refine.main([str(tmp_path / "coarse.npz"), str(sure.path), str(tmp_path / "out.npz")])
     told, written = json.loads(capsys.readouterr().out), load_chips(tmp_path / "out.npz")
-    np.testing.assert_array_equal(written.mask, refine.corrected(coarse.mask, answer >= recipe.threshold))
+    odds = np.log(answer / (1 - answer)) - np.log(recipe.threshold / (1 - recipe.threshold))
+    np.testing.assert_array_equal(written.mask, refine.corrected(coarse.mask, odds))
     assert told["mine_after"] == (written.mask == 1).sum() and told["mine_before"] == (coarse.mask == 1).sum()
     assert len(np.unique(written.mask)) == 3  # else this shows little
 

@@ -9,7 +9,6 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from minemap.checkpoint import DERIVED
 from minemap.errors import InputError
-from minemap.inference import native_precision
 from minemap.sentinel2 import BANDS
 
 # Reflectance that the atmosphere adds at the top: the gap of the dark objects (5th percentile of pixels that
@@ -94,6 +93,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         if self.precision == "native":
+            from minemap.inference import native_precision  # its packages take a second to import
+
             named = native_precision() if self.device == "cpu" else "bf16"
             object.__setattr__(self, "precision", named)  # the recipe says which it was
         for key, kind in option_types().items():
