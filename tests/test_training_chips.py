@@ -10,6 +10,7 @@ import torch
 from conftest import SHARED
 
 from minemap.errors import InputError
+from minemap.inference import native_precision
 from minemap.sentinel2 import BANDS
 from minemap.training import batches
 from minemap.training.batches import make_batch, place
@@ -176,6 +177,65 @@ def test_affine_moves_image_and_mask_together() -> None:
     bright = x[:, :1] > x.amin() / 2 + x.amax() / 2
     counted = y != IGNORE
     assert ((y == 1) == bright)[counted].float().mean() > 0.98
+
+
+@pytest.mark.parametrize("size", [64, 160])
+def test_large_chips_are_drawn_beside_small_ones(size: int) -> None:
+    """By their numbers in windows below `scene`, by `crops` in larger ones."""
+    sets, plain = [_chips(0.1), _chips(0.6, size=256)], {"affine": 0.0, "absent": 0.0, "holes": 0.0, "jitter": 0.0}
+    drawn = torch.cat([_batch(sets, step, sizes=[size], batch=32, **plain)[0] for step in range(6)])
+    bright = (drawn.mean(dim=(1, 2, 3)) > drawn.mean()).float().mean()
+    assert 0.25 < float(bright) < 0.75
+
+
+def test_small_chips_side_by_side_have_no_common_outline() -> None:
+    """All mine in each cell, and where two cells meet nothing is known."""
+    chips = _chips(0.2, size=64)
+    ones = Chips(chips.image, np.ones_like(chips.mask), chips.columns)
+    options = {"sizes": [128], "scatter": 1.0, "scatter_cell": 32, "batch": 4}
+    _, y = _batch([ones], affine=0.0, absent=0.0, holes=0.0, **options)
+    lines = torch.zeros(128, 128, dtype=torch.bool)
+    lines[::32], lines[:, ::32] = True, True
+    assert (y[:, 0, lines] == IGNORE).all()
+    cells = y[:, 0].unfold(1, 32, 32).unfold(2, 32, 32)[..., 1:, 1:].flatten(3)
+    assert ((cells == 1).all(dim=3) | (cells == IGNORE).all(dim=3)).all() and (cells == 1).any()
+
+
+def test_what_a_warp_takes_from_absent_pixels_is_not_counted() -> None:
+    """Bilinear sampling spreads what is absent by a ring."""
+    chips = _chips(0.2)
+    image = chips.image.copy()
+    image[:, :, 20:28, 20:28] = np.nan
+    holed = Chips(image, np.zeros_like(chips.mask), chips.columns)
+    x, y = _batch([holed], affine=1.0, absent=0.0, holes=0.0, jitter=0.0)
+    absent = (x == 0).all(dim=1, keepdim=True)
+    assert absent.any() and (y[absent] == IGNORE).all()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "others"),
+    [
+        ("epochs", 0, {}),
+        ("batch", 1, {}),
+        ("holdout", 1.0, {}),
+        ("sizes", [], {}),
+        ("sizes", [72], {}),
+        ("scatter_cell", 40, {"sizes": [128]}),
+        ("replay", 0.5, {}),
+        ("schedule", "plateau", {"keep": "last"}),
+        ("bands", ["red", "thermal"], {}),
+        ("precision", "fp16", {}),
+    ],
+)
+def test_impossible_options(option: str, value: object, others: dict[str, object]) -> None:
+    with pytest.raises(InputError, match=f"training option {option}=.* is not possible"):
+        make_config({"out": "", **others, option: value})
+
+
+def test_precision_is_what_the_device_multiplies_unless_told() -> None:
+    assert make_config({"out": ""}).precision == native_precision()
+    assert make_config({"out": "", "device": "cuda"}).precision == "bf16"
+    assert make_config({"out": "", "precision": "fp32", "device": "cuda"}).precision == "fp32"
 
 
 @pytest.mark.parametrize(("name", "size", "images"), [("mines6", 48, 988), ("mines_rgb", 448, 50)])

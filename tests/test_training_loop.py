@@ -339,6 +339,18 @@ def test_what_goes_on_from_a_network_has_its_encoder(chips: str, tmp_path: Path)
     assert tuned.recipe.options["encoder_name"] == "resnet18"
 
 
+def test_a_student_goes_on_without_its_teacher(chips: str, teacher: str, tmp_path: Path) -> None:
+    """It holds the frozen encoder itself, which stays as it was."""
+    student = train(_config(chips, tmp_path / "student", teacher=teacher, epochs=1))
+    words = ["--chips", chips, "--out", str(tmp_path / "more"), "--set", f"start={student.path}", "selection=none"]
+    options = [f"{key}={json.dumps(value)}" for key, value in TINY.items() if key != "encoder"]
+    more = train(commands.train_config(_arguments("student", *words, *options)))
+    ours, before = (c.network().state_dict() for c in (more, student))
+    frozen = [key for key in ours if key.startswith("teacher_encoder.")]
+    assert frozen and all(torch.equal(ours[key], before[key]) for key in frozen)
+    assert any(not torch.equal(ours[key], before[key]) for key in ours.keys() - set(frozen))
+
+
 def _ends_as(checkpoint: Checkpoint, run: Path) -> bool:
     """Whether a checkpoint holds the weights with which a run ended."""
     stored = torch.load(run / STATE, weights_only=True)["network"]
