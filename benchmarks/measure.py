@@ -115,7 +115,7 @@ def whole_map_against_stages() -> Iterator[str]:
     """CPU seconds of a whole map against the sum of its bare stages (at most 1.25)."""
     from minemap import mapping
     from minemap.checkpoint import load_model
-    from minemap.inference import probability
+    from minemap.inference import layout, probability
     from minemap.store import Store
 
     def cpu(action: Callable[[], object]) -> float:
@@ -134,11 +134,17 @@ def whole_map_against_stages() -> Iterator[str]:
         probability(_image(), load_model(), settings)  # weights loaded, kernels chosen
         whole = cpu(lambda: mapping.run_tiles(plan.work, job, None, None))
         images: list[tuple[np.ndarray, np.ndarray]] = []
-        read = cpu(lambda: images.extend(mapping._image(w.inner, job)[:2] for w in plan.work))
+        margin = layout(job.checkpoint).margin
+        read = cpu(lambda: images.extend(mapping.read_image(w.inner, margin, job.reading)[:2] for w in plan.work))
         answers: list[np.ndarray] = []
         network = cpu(lambda: answers.extend(probability(image, job.checkpoint, settings) for image, _ in images))
         pairs = list(zip(plan.work, answers, strict=True))
-        write = cpu(lambda: [store.write_tile(w.inner, 0, {"probability": mapping.percent(a)}) for w, a in pairs])
+
+        def write_all() -> None:
+            for w, answer in pairs:
+                store.write_tile(w.inner, 0, {"probability": mapping.percent(answer)})
+
+        write = cpu(write_all)
     total = read + network + write
     yield f"read and composite {read:.1f}, network {network:.1f}, write {write:.2f} CPU seconds"
     yield f"whole map {whole:.1f}, sum of stages {total:.1f}: ratio {whole / total:.2f}"
@@ -261,6 +267,7 @@ def scaling(size: int = 2048, rounds: int = 5) -> Iterator[str]:
 
     from minemap import mapping
     from minemap.inference import cores
+    from minemap.store import Store
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -272,7 +279,8 @@ def scaling(size: int = 2048, rounds: int = 5) -> Iterator[str]:
             def run() -> None:
                 out = folder / f"{next(numbers)}.zarr"
                 made = mapping.plan(bbox, "2023", out, stac=items, chunk=512)
-                job = mapping._job(made, made.store, mapping._prepare(made, made.store), cores())
+                store = Store(out)
+                job = mapping._job(made, store, mapping._prepare(made, store), cores())
                 mapping._compute(made.work, job, client)
 
             return run

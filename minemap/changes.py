@@ -146,7 +146,8 @@ class Comparison:
 
 
 def compare(before: np.ndarray, after: np.ndarray, limit: int) -> np.ndarray:
-    """Classes of change from two maps, uint8: 0 never mine, 1 mine at both, 2 gain, 3 loss, 255 not observed at both.
+    """Classes of change from two maps, uint8: 0 never mine, 1 mine at both, 2 gain, 3 loss, 255 where
+    either is not observed.
 
     before, after: whole per cent, uint8, 255 = not observed. limit: the per cent from which a pixel is mine.
     """
@@ -242,8 +243,8 @@ def change(
     second run goes on where a first one stopped, also when the map has more periods by then.
 
     The store has a group for each zone of the map: `change` uint8 (y, x), 0 never mine, 1 mine at both dates, 2 gain,
-    3 loss, 255 not observed at both; and `first_year` uint16 (y, x), 0 = never, where the map has at least three
-    periods. Raises subclasses of MinemapError.
+    3 loss, 255 not observed at one of them or both; and `first_year` uint16 (y, x), 0 = never, where the map has at
+    least three periods. Raises subclasses of MinemapError.
     """
     start = time.monotonic()
     plan = Plan.of(path, before, after, out, method=method, model=model, table=table, threshold=threshold)
@@ -251,7 +252,7 @@ def change(
     store.check(plan.parameters, plan.grids, overwrite=overwrite)
     with connect(cluster, workers) if client is None else nullcontext(client) as connected, store.locked():
         if connected is not None:
-            check_workers(connected, store.meta)
+            check_workers(connected, store.meta, plan.job.detector.checkpoint if plan.job.detector else None)
         plan.prepare(overwrite=overwrite)
         job = plan.shared_by(worker_count(connected))
         counts = run_tiles(plan.work, job, connected, progress)

@@ -19,7 +19,7 @@ from . import __version__
 from .errors import InputError, MinemapError
 
 INTERRUPTED = 130
-GO_ON = ("map", "series", "change", "chips", "train", "demo")  # commands that take up what an interrupted one did
+GO_ON = ("map", "series", "change", "chips", "train")  # commands that take up what an interrupted one did
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,7 +32,8 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()  # here, where a reader that has gone can still be told from a failure
         return status
     except KeyboardInterrupt:
-        again = " without --overwrite" if getattr(arguments, "overwrite", False) else ""
+        anew = getattr(arguments, "overwrite", False) and arguments.command != "chips"  # an unfinished set goes on
+        again = " without --overwrite" if anew else ""
         goes_on = f"; the same command{again} goes on from here" if arguments.goes_on else ""
         _to_stderr(f"minemap: interrupted{goes_on}")
         return INTERRUPTED
@@ -110,7 +111,7 @@ def parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=about, description=about, allow_abbrev=False)
         add(command)
         command.add_argument("--debug", action="store_true", help="show where an error came from")
-        command.set_defaults(run=run, goes_on=name in GO_ON)
+        command.set_defaults(run=run, command=name, goes_on=name in GO_ON)
     return top
 
 
@@ -169,7 +170,7 @@ def _add_map_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--workers", type=int, metavar="N", help="processes of --cluster local or gpu")
     p.add_argument("--chunk", type=int, choices=(512, 1024, 2048), default=2048, help="super-tile, px (2048)")
     p.add_argument("--dry-run", action="store_true", help="say what would be read, computed and written, and stop")
-    p.add_argument("--overwrite", action="store_true", help="replace a map made with other parameters")
+    p.add_argument("--overwrite", action="store_true", help="start anew: all places and years there are deleted")
     _add_output(p)
 
 
@@ -178,13 +179,13 @@ def _add_scenes(p: argparse.ArgumentParser) -> None:
     p.add_argument("--stac", default="earth-search", help="earth-search, planetary-computer, a URL or an item file")
     p.add_argument("--collection", help="sentinel-2-l2a (default; any in an item file) or landsat-c2-l2")
     p.add_argument("--max-cloud", type=float, default=60.0, metavar="PERCENT", help="of an item (60)")
-    p.add_argument("--max-scenes", type=int, default=24, metavar="N", help="acquisitions a 20-km cell (24)")
+    p.add_argument("--max-scenes", type=int, default=24, metavar="N", help="acquisitions a cell of 20 km or so (24)")
     p.add_argument("--min-clear", type=int, default=3, metavar="N", help="with fewer clear looks: not observed (3)")
     p.add_argument("--months", help="of the year to use, as 6-9, 11-2 or 1,6,7")
     p.add_argument("--exclude", nargs="+", default=(), metavar="ID", help="items to leave out, as those unreadable")
     p.add_argument("--mask-scl", metavar="CLASSES", help="SCL classes that are no clear look (0,1,3,8,9,10)")
     p.add_argument("--no-rescue", action="store_true", help="do not keep stable bright ground that SCL calls cloud")
-    p.add_argument("--reader", choices=("stackstac", "odc"), default="stackstac")
+    p.add_argument("--reader", choices=("stackstac", "odc"), default="stackstac", help="stackstac (default)")
 
 
 def _add_output(p: argparse.ArgumentParser) -> None:
@@ -397,7 +398,7 @@ def _add_export(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "out", metavar="OUT", help="ends in .html, .png, .tif, .zarr, .parquet, .geojson, .gpkg or .pmtiles"
     )
-    p.add_argument("--date", help="one of the map's periods (the last)")
+    p.add_argument("--date", help="one of the map's periods (the last; all of them in .html and .zarr)")
     p.add_argument("--threshold", type=float, help="probability from which a pixel is mine; a COG then holds classes")
     p.add_argument("--min-area", type=float, default=0.0, metavar="HECTARES", help="leave smaller polygons out")
     p.add_argument("--smooth", action="store_true", help="cut the corners of the pixels' steps off polygons")
@@ -407,15 +408,9 @@ def _add_export(p: argparse.ArgumentParser) -> None:
 
 def _export(a: argparse.Namespace) -> None:
     from .export import export
-    from .page import export_page
 
     shape = {"threshold": a.threshold, "min_area": a.min_area, "smooth": a.smooth}
-    if a.out.lower().endswith(".html"):
-        if a.zone:
-            raise InputError(f"zone {a.zone}: a page shows all zones; leave it out")
-        out = export_page(a.map, a.out, date=a.date, **shape)
-    else:
-        out = export(a.map, a.out, date=a.date, zone=a.zone, **shape)
+    out = export(a.map, a.out, date=a.date, zone=a.zone, **shape)
     if not a.quiet:
         print(out)
 

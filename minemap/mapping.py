@@ -66,7 +66,8 @@ COUNTS = ("km2_total", "km2_observed", "km2_mine", "computed")
 AOI = "aoi.wkt"  # in the meta folder
 READ_THREADS = 8  # assets read at a time by one task: remote reads wait more than they compute
 RETRIES = 3  # times that a task which failed starts again, where there are workers
-FAILURES = 8  # super-tiles that may be unreadable before a run is given up
+FAILURES = 8  # items that may be unreadable before a run is given up; one covers 30 super-tiles
+UNREADABLE = "the same command tries again, a map or a series with --exclude ID leaves an item out"
 STAGE = "supertile"  # what dashboards call the tasks
 AT_ONCE = 10_000  # super-tiles a graph; as many more follow when these are done
 QUICKLOOK_WHITE = 0.3  # reflectance that is white in a quicklook
@@ -492,8 +493,7 @@ def run_tiles(
     if failures := job.store.failures():
         others = ", the others are done" if len(failures) < len(work) else ""
         raise ReadError(
-            f"{len(failures)} of {len(work)} super-tiles can't be read{others}: {failures[0]}; the same command "
-            "tries again, --exclude ID leaves an item out"
+            f"{len(failures)} of {len(work)} super-tiles can't be read{others}: {failures[0]}; {UNREADABLE}"
         )
     return counts
 
@@ -520,7 +520,7 @@ def _clear_losses(client: Client, places: list[str]) -> Iterator[None]:
     except KilledWorker as error:
         raise ClusterError(
             f"super-tile {_place(error.task, places)}: {error.allowed_failures + 1} workers died under it, the last "
-            f"at {error.last_worker.address}; usually their memory is too small (--dry-run tells what they need). "
+            f"at {error.last_worker.address}; usually their memory is too small (minemap map --dry-run tells more). "
             "What is finished stays, the same command goes on"
         ) from error
     except (CancelledError, CommClosedError) as error:
@@ -573,8 +573,9 @@ def _block(row: xr.DataArray, job: Task, resolution: float) -> xr.DataArray:
         counts = job.make(Work(tile, tuple(int(n) for n in windows)))  # type: ignore[arg-type]
     except ReadError as error:
         job.store.keep_failure(tile, job.period, str(error))
-        if len(job.store.failures()) > FAILURES:  # a source that is away would take long to say so tile by tile
-            raise
+        items = {text.partition(", asset ")[0] for text in job.store.failures()}
+        if len(items) > FAILURES:  # a source that is away would take long to say so tile by tile
+            raise ReadError(f"more than {FAILURES} items can't be read: {error}; {UNREADABLE}") from error
         counts = dict.fromkeys(job.counted, np.nan)
     return xr.DataArray(np.array([[counts[name] for name in job.counted]]), dims=("tile", "count"))
 
@@ -695,7 +696,7 @@ def read_image(inner: Grid, halo: int, how: Reading) -> tuple[np.ndarray, np.nda
     seen = inner.buffered(halo)
     chosen = how.store.read_cell(inner.group, inner.cell, how.period)
     if chosen is None:
-        raise StoreError(f"{how.store.meta} has lost the scenes of cell {inner.cell}: run again with --refresh")
+        raise StoreError(f"{how.store.meta} has lost the scenes of cell {inner.cell}: map it again with --refresh")
     items = [how.store.read_item(name) for acquisition in chosen for name in acquisition]
     with _named_item(items), ThreadPoolExecutor(READ_THREADS, "read") as pool:
         decided = pool.map(lambda item: (item["id"], decide(item, how)), items)

@@ -126,7 +126,8 @@ def estimate(plan: Plan) -> dict[str, Any]:
 
     Rates are those of the map's own finished super-tiles, else of two server cores and local files.
     """
-    looks, layers = _looks(plan)
+    cells = _acquisitions(plan)
+    looks, layers = sum(map(len, cells)) / len(cells), max(sum(map(len, cell)) for cell in cells)
     left = [w for w in plan.work if w not in plan.finished]
     pixels = sum(w.inner.height * w.inner.width for w in left)
     largest = max((w.inner.height + 2 * HALO) * (w.inner.width + 2 * HALO) for w in left) if left else 0
@@ -138,7 +139,7 @@ def estimate(plan: Plan) -> dict[str, Any]:
         "zones": [grid.group for grid in plan.grids],
         "cells_chosen_now": len(plan.cells),
         "cells_frozen_before": plan.frozen,
-        "items": len(plan.items),
+        "items": len({name for cell in cells for ids in cell for name in ids}),
         "acquisitions_per_cell": round(looks, 1),
         "bytes_to_read": int(pixels * looks * BYTES_READ),
         "worker_memory_bytes": int(WORKER_BYTES + min(TASK_THREADS, len(left)) * tile_bytes),
@@ -165,9 +166,8 @@ def _windows(record: dict[str, Any]) -> int:
     return (bottom - top) * (right - left)
 
 
-def _looks(plan: Plan) -> tuple[float, int]:
-    """Mean number of acquisitions of a cell, chosen now or frozen before, and the most items of one."""
+def _acquisitions(plan: Plan) -> list[list[list[str]]]:
+    """The item ids of each acquisition of each cell, chosen now or frozen before."""
     before = {(w.tile.group, w.tile.cell) for w in plan.work} - plan.cells.keys()
     frozen = [plan.store.read_cell(*cell, plan.period) or [] for cell in before] if plan.store else []
-    cells = [[len(a.items) for a in cell] for cell in plan.cells.values()] + [[len(a) for a in c] for c in frozen]
-    return sum(len(cell) for cell in cells) / len(cells), max(sum(cell) for cell in cells)
+    return [[[i["id"] for i in a.items] for a in cell] for cell in plan.cells.values()] + frozen

@@ -158,12 +158,13 @@ def search(
     stac: str | Source = "earth-search",
     collection: str | None = None,
     max_cloud: float = 60.0,
-    months: tuple[int, ...] = (),
+    months: str | tuple[int, ...] = (),
     exclude: tuple[str, ...] = (),
 ) -> list[Item]:
     """The items over `bbox` (degrees; west > east crosses the antimeridian) in a period, as plain STAC JSON.
 
-    Sorted by id, without duplicates (one product an acquisition and tile: the newest processing baseline).
+    months: of the year, as "6-9" or numbers; none for all. exclude: ids. Sorted by id, without duplicates (one
+    product an acquisition and tile: the newest processing baseline).
     Raises NoItemsError, which says what was asked and what each filter removed; CatalogueError when the source
     can't be read.
     """
@@ -173,7 +174,8 @@ def search(
     items = list({item["id"]: item for item in _fetch(where, bbox, when)}.values())
     tally.found = len(items)
     items = tally.keep(items, (item["id"] not in exclude for item in items), "--exclude")
-    items = _filter(items, tally, when=when, max_cloud=max_cloud, months=months)
+    of_year = parse_months(months) if isinstance(months, str) else months
+    items = _filter(items, tally, when=when, max_cloud=max_cloud, months=of_year)
     if not items:
         box_text = " ".join(f"{n:g}" for n in bbox)
         what = f"collection {where.collection} " if where.collection else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from minemap.checkpoint import load_model, save
+from minemap.errors import InputError
 from minemap.sentinel2 import BANDS
 from minemap.training import refine, study
 from minemap.training.chips import Chips, joined, load_chips, save_chips
@@ -92,6 +94,18 @@ def test_command_writes_chips_to_learn_from(
     assert len(np.unique(written.mask)) == 3  # else this shows little
 
 
+def test_places_of_the_fine_chips_are_left_out(chips: Chips, model: Path, tmp_path: Path) -> None:
+    placed = {**chips.columns, "lon": np.array(["-60.0", "-60.0", "-59.0", "-59.0"]), "lat": np.array(["4.0"] * 4)}
+    save_chips(tmp_path / "coarse.npz", replace(chips, columns=placed))
+    fine = replace(chips, columns=placed).where(np.array([True, False, False, False]))
+    save_chips(tmp_path / "fine.npz", fine)
+    words = [str(tmp_path / "coarse.npz"), str(model), str(tmp_path / "out.npz"), "--fine"]
+    refine.main([*words, str(tmp_path / "fine.npz")])
+    assert load_chips(tmp_path / "out.npz").column("lon").tolist() == ["-59.0", "-59.0"]
+    with pytest.raises(InputError, match=r"no chip .* is left to correct"):
+        refine.main([*words, str(tmp_path / "coarse.npz")])
+
+
 def test_the_study_corrects_the_rest_of_a_draw(model: Path, tmp_path: Path) -> None:
     """Fine labels where the draw has them; the network before answers for the rest; what it held out is left out."""
     rng, n = np.random.default_rng(1), 40
@@ -100,11 +114,11 @@ def test_the_study_corrects_the_rest_of_a_draw(model: Path, tmp_path: Path) -> N
     columns = {"block": np.arange(n).astype(str), "split": np.array(["train"] * 30 + ["val"] * 10)}
     image = rng.integers(1, 4000, (n, 6, 24, 24)).astype(np.float32) / 10_000
     save_chips(tmp_path / "chips.npz", Chips(image, mask, columns))
-    (tmp_path / "minec2fnet-0").mkdir()
-    (tmp_path / "minec2fnet-0" / "model").symlink_to(model)
-    path = study.correct(str(tmp_path / "chips.npz"), tmp_path, draw=0, method="minec2fnet_refined", coarse="blobs")
+    path = study.correct(str(tmp_path / "chips.npz"), tmp_path / "made.npz", model, draw=0, coarse="blobs")
     made = load_chips(path)
-    assert set(made.column("split")) == {"train"} and 25 < len(made) < 30
-    as_drawn = (made.mask == mask[0]).all(axis=(1, 2))
-    assert 2 <= as_drawn.sum() <= 5 and not (made.mask[~as_drawn] == mask[0]).all()
-    assert made.image.shape[1] == len(BANDS)
+    assert set(made.column("split")) == {"train"} and made.image.shape[1] == len(BANDS)
+    times = Counter(made.column("block").tolist())
+    fine = {block for block, n in times.items() if n == study.OFTEN}
+    assert 2 <= len(fine) <= 5 and set(times.values()) == {1, study.OFTEN} and 25 < len(times) < 30
+    as_drawn = np.isin(made.column("block"), list(fine))
+    assert (made.mask[as_drawn] == mask[0]).all() and not (made.mask[~as_drawn] == mask[0]).all()

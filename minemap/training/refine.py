@@ -6,8 +6,8 @@ often an outline says what it says there over mine than over other land (Bayes).
 are estimated from the same pixels by expectation maximisation, as the errors of an observer are (Dawid and Skene
 1979, Applied Statistics 28:20-28), taking outline and network to err independently. What stays doubtful is ignored.
 
-`python -m minemap.training.refine CHIPS MODEL OUT` writes the corrected chips; a training then reads the fine chips
-and these, side by side.
+`python -m minemap.training.refine CHIPS MODEL OUT --fine FINE` writes the corrected chips; a training then reads the
+fine chips and these, side by side.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from scipy.special import expit, logit
 
 from minemap.checkpoint import Checkpoint, load_model
-from minemap.training.chips import IGNORE, Chips, load_chips, save_chips
+from minemap.errors import InputError
+from minemap.training.chips import IGNORE, Chips, away_from, load_chips, save_chips
 from minemap.training.evaluate import predict_chips
 
 DOUBTFUL = (0.3, 0.7)  # probability of mine between which a pixel is ignored
@@ -66,8 +67,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("chips", help="chips with coarse labels (.zarr or .npz)")
     parser.add_argument("model", help="a checkpoint that has learned from fine labels")
     parser.add_argument("out", type=Path, help="file to write (.npz)")
+    parser.add_argument("--fine", help="chips with fine labels: places within 5 km of them are left out")
     args = parser.parse_args(arguments)
     chips = load_chips(args.chips).decided()
+    if args.fine:
+        chips = away_from(chips, load_chips(args.fine))
+    if not len(chips):
+        raise InputError(f"{args.chips}: no chip with a decided pixel is left to correct")
     fine = refine(chips, load_model(args.model))
     save_chips(args.out, fine)
     pixels = {"mine_before": chips.mask == 1, "mine_after": fine.mask == 1, "ignored": fine.mask == IGNORE}

@@ -56,7 +56,8 @@ BASE: dict[str, Any] = {
 }
 SCRATCH = {"encoder": "tu-tf_efficientnet_lite0", "imagenet": True, "learning_rate": 1e-3, "epochs": 25}
 STUDENT = {"architecture": "minec2fnet", "selection": "hybrid", "distill": 0.3}
-REFINED = {"rows": "all", "holdout": 0.0, "epochs": 30}  # learns from the fine chips and the corrected coarse ones
+REFINED = {"rows": "all", "holdout": 0.0}  # of a file with the fine chips and the corrected coarse ones
+OFTEN = 5  # times that the fine chips are in that file: half of what is drawn
 FEWER = {"fine_share": 0.05}  # a part of the draw's fine blocks; the teacher of the draw has seen none of them
 TEACHER = "fpn_coarse"
 # Method -> what it changes in BASE. Those that name no SCRATCH start from the teacher of their draw.
@@ -69,8 +70,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "replay": {"replay": 0.25},
     "lwm": {"selection": "standard", "attention": 1.0},
     "minec2fnet_fresh": {**STUDENT, "fresh": True, **SCRATCH},
-    "fpn_refined": {**SCRATCH, **REFINED},
-    "minec2fnet_refined": {**STUDENT, "fresh": True, **SCRATCH, **REFINED},
+    "fpn_refined": REFINED,
+    "minec2fnet_refined": {**STUDENT, **REFINED},
     "fewer_fpn_fine": {**SCRATCH, **FEWER},
     "fewer_fpn_finetune": {**FEWER},
     "fewer_minec2fnet": {**STUDENT, **FEWER},
@@ -92,7 +93,8 @@ METHODS: dict[str, dict[str, Any]] = {
         **SCRATCH,
     },
 }
-CORRECTS = {"fpn_refined": "fpn_finetune", "minec2fnet_refined": "minec2fnet"}  # by which network of the same draw
+# The network of the same draw that corrects the coarse labels, and goes on with them
+CORRECTS = {"fpn_refined": "fpn_finetune", "minec2fnet_refined": "minec2fnet"}
 # Table -> its methods, and those that the others are compared with
 TABLES = {
     "methods": (
@@ -140,8 +142,11 @@ def run_one(chips: str, out: Path, *, draw: int, method: str, coarse: str) -> di
     from minemap.training.loop import train
 
     changes = METHODS[method]
-    data = str(correct(chips, out, draw=draw, method=method, coarse=coarse)) if method in CORRECTS else chips
-    values = BASE | changes | {"data": [data], "out": str(out / f"{method}-{draw}")}
+    values = BASE | changes | {"data": [chips], "out": str(out / f"{method}-{draw}")}
+    if method in CORRECTS:
+        before = out / f"{CORRECTS[method]}-{draw}" / "model"
+        corrected = correct(chips, out / f"{method}-{draw}.npz", before, draw=draw, coarse=coarse)
+        values |= {"data": [str(corrected)], "start": str(before)}
     values |= {"seed": draw, "fine_seed": draw, "coarse": coarse if method == TEACHER else "none"}
     if not changes.get("imagenet") or changes.get("fresh"):
         values["teacher"] = str(out / f"{TEACHER}-{draw}" / "model")
@@ -160,19 +165,17 @@ def run_one(chips: str, out: Path, *, draw: int, method: str, coarse: str) -> di
     }
 
 
-def correct(chips: str, out: Path, *, draw: int, method: str, coarse: str) -> Path:
-    """The draw's fine chips and its coarse ones corrected by the network before, as one file."""
+def correct(chips: str, path: Path, before: Path, *, draw: int, coarse: str) -> Path:
+    """The draw's fine chips, OFTEN, and its coarse ones corrected by the network before, as the file `path`."""
     from minemap.training.chips import joined, save_chips
     from minemap.training.evaluate import QUICK
     from minemap.training.loop import load_sets
     from minemap.training.refine import refine
 
-    before = load_model(out / f"{CORRECTS[method]}-{draw}" / "model")
     draws = {"data": [chips], "out": "", "fine_share": BASE["fine_share"], "fine_seed": draw}
     fine, _ = load_sets(make_config(draws | {"rows": "fine"}))
     rest, _ = load_sets(make_config(draws | {"rows": "rest", "coarse": coarse, "holdout": 0.0}))
-    path = out / f"{method}-{draw}.npz"
-    save_chips(path, joined([*fine, refine(rest[0], before, threshold=THRESHOLD, seen=QUICK)]))
+    save_chips(path, joined([*fine * OFTEN, refine(rest[0], load_model(before), threshold=THRESHOLD, seen=QUICK)]))
     return path
 
 
