@@ -45,13 +45,6 @@ def test_every_method_is_in_a_table() -> None:
     assert all(set(references) <= set(methods) for methods, references in study.TABLES.values())
 
 
-def test_a_network_that_corrects_comes_before_what_learns_from_it() -> None:
-    assert study.in_order(["minec2fnet_refined"]) == [study.TEACHER, "minec2fnet", "minec2fnet_refined"]
-    assert study.in_order(["fpn_fine", "fpn_refined", "fpn_finetune"]) == [
-        *(study.TEACHER, "fpn_fine", "fpn_finetune", "fpn_refined")
-    ]
-
-
 def test_bootstrap_of_equal_methods_is_zero(rows: list[dict]) -> None:
     counts = study.by_method(rows)["fpn_fine"]
     stacked = np.stack([counts[d] for d in range(3)])
@@ -78,8 +71,7 @@ def test_finished_runs_are_skipped(tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", study.METHODS)
 def test_every_method_is_a_configuration(method: str) -> None:
     config = make_config(study.BASE | study.METHODS[method] | {"out": "x"})
-    corrected = "all"  # of a file of its own, in which the rest has corrected labels
-    assert config.rows == {study.TEACHER: "rest", **dict.fromkeys(study.CORRECTS, corrected)}.get(method, "fine")
+    assert config.rows == ("rest" if method == study.TEACHER else "fine")
 
 
 def _negatives() -> tuple[np.ndarray, Chips]:

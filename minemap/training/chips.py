@@ -15,7 +15,6 @@ import math
 import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import zarr
@@ -84,25 +83,6 @@ def load_chips(path: str | Path) -> Chips:
     table = {name: a.astype(object).astype(str) for name, a in arrays.items() if a.shape == (samples,)}
     columns = _columns(table or _table(path.with_name("chips.csv"), samples), samples, dates)
     return Chips(_reflectance(image, bands, path), mask, columns, resolution)
-
-
-def save_chips(path: Path, chips: Chips) -> None:
-    """Chips as an `.npz` file of the same format, a row for each; an unfinished file is never seen under its name."""
-    draft, stored = path.with_name(f".{path.name}"), np.nan_to_num(np.rint(chips.image * SCALE)).astype(np.int32)
-    about = np.array(json.dumps({"resolution": chips.resolution}))
-    columns: dict[str, Any] = {name: values for name, values in chips.columns.items() if name != "sample"}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with draft.open("wb") as file:
-        np.savez_compressed(file, image=stored, mask=chips.mask, bands=np.array(BANDS), parameters=about, **columns)
-    draft.replace(path)
-
-
-def joined(sets: list[Chips]) -> Chips:
-    """The rows of several sets of one size and resolution as one, with the columns that all have."""
-    shared = set.intersection(*(set(s.columns) for s in sets))
-    columns = {name: np.concatenate([s.columns[name] for s in sets]) for name in sorted(shared)}
-    images, masks = ([getattr(s, key) for s in sets] for key in ("image", "mask"))
-    return replace(sets[0], image=np.concatenate(images), mask=np.concatenate(masks), columns=columns)
 
 
 def is_chips(path: Path) -> bool:

@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from minemap.checkpoint import load_model
 from minemap.errors import InputError
 from minemap.inference import native_precision
 from minemap.training import metrics
@@ -56,8 +55,6 @@ BASE: dict[str, Any] = {
 }
 SCRATCH = {"encoder": "tu-tf_efficientnet_lite0", "imagenet": True, "learning_rate": 1e-3, "epochs": 25}
 STUDENT = {"architecture": "minec2fnet", "selection": "hybrid", "distill": 0.3}
-REFINED = {"rows": "all", "holdout": 0.0}  # of a file with the fine chips and the corrected coarse ones
-OFTEN = 5  # times that the fine chips are in that file: half of what is drawn
 FEWER = {"fine_share": 0.05}  # a part of the draw's fine blocks; the teacher of the draw has seen none of them
 TEACHER = "fpn_coarse"
 # Method -> what it changes in BASE. Those that name no SCRATCH start from the teacher of their draw.
@@ -70,8 +67,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "replay": {"replay": 0.25},
     "lwm": {"selection": "standard", "attention": 1.0},
     "minec2fnet_fresh": {**STUDENT, "fresh": True, **SCRATCH},
-    "fpn_refined": REFINED,
-    "minec2fnet_refined": {**STUDENT, **REFINED},
     "fewer_fpn_fine": {**SCRATCH, **FEWER},
     "fewer_fpn_finetune": {**FEWER},
     "fewer_minec2fnet": {**STUDENT, **FEWER},
@@ -93,15 +88,10 @@ METHODS: dict[str, dict[str, Any]] = {
         **SCRATCH,
     },
 }
-# The network of the same draw that corrects the coarse labels, and goes on with them
-CORRECTS = {"fpn_refined": "fpn_finetune", "minec2fnet_refined": "minec2fnet"}
 # Table -> its methods, and those that the others are compared with
 TABLES = {
     "methods": (
-        (
-            *(TEACHER, "fpn_fine", "fpn_finetune", "lwf", "lwm", "replay", "minec2fnet", "minec2fnet_fresh"),
-            *("fpn_refined", "minec2fnet_refined"),
-        ),
+        (TEACHER, "fpn_fine", "fpn_finetune", "lwf", "lwm", "replay", "minec2fnet", "minec2fnet_fresh"),
         ("fpn_fine", "fpn_finetune"),
     ),
     "fewer": (
@@ -126,14 +116,9 @@ def run(chips: str, out: Path, *, draws: int, methods: Iterable[str], coarse: st
         raise InputError(f"{out} holds a study of coarse labels {other[0]}, not {coarse}: give another folder")
     done = {(row["draw"], row["method"]) for row in rows}
     for draw in range(draws):
-        for method in in_order(methods):
+        for method in dict.fromkeys([TEACHER, *methods]):
             if (draw, method) not in done:
                 write(out, [run_one(chips, out, draw=draw, method=method, coarse=coarse)])
-
-
-def in_order(methods: Iterable[str]) -> list[str]:
-    """The methods with those they build on before them, each once."""
-    return list(dict.fromkeys([TEACHER, *(m for one in methods for m in (CORRECTS.get(one, one), one))]))
 
 
 def run_one(chips: str, out: Path, *, draw: int, method: str, coarse: str) -> dict[str, Any]:
@@ -143,10 +128,6 @@ def run_one(chips: str, out: Path, *, draw: int, method: str, coarse: str) -> di
 
     changes = METHODS[method]
     values = BASE | changes | {"data": [chips], "out": str(out / f"{method}-{draw}")}
-    if method in CORRECTS:
-        before = out / f"{CORRECTS[method]}-{draw}" / "model"
-        corrected = correct(chips, out / f"{method}-{draw}.npz", before, draw=draw, coarse=coarse)
-        values |= {"data": [str(corrected)], "start": str(before)}
     values |= {"seed": draw, "fine_seed": draw, "coarse": coarse if method == TEACHER else "none"}
     if not changes.get("imagenet") or changes.get("fresh"):
         values["teacher"] = str(out / f"{TEACHER}-{draw}" / "model")
@@ -163,20 +144,6 @@ def run_one(chips: str, out: Path, *, draw: int, method: str, coarse: str) -> di
         "miou": 100 * metrics.scores(counts.sum(axis=0))["miou"],
         "blocks": blocks,
     }
-
-
-def correct(chips: str, path: Path, before: Path, *, draw: int, coarse: str) -> Path:
-    """The draw's fine chips, OFTEN, and its coarse ones corrected by the network before, as the file `path`."""
-    from minemap.training.chips import joined, save_chips
-    from minemap.training.evaluate import QUICK
-    from minemap.training.loop import load_sets
-    from minemap.training.refine import refine
-
-    draws = {"data": [chips], "out": "", "fine_share": BASE["fine_share"], "fine_seed": draw}
-    fine, _ = load_sets(make_config(draws | {"rows": "fine"}))
-    rest, _ = load_sets(make_config(draws | {"rows": "rest", "coarse": coarse, "holdout": 0.0}))
-    save_chips(path, joined([*fine * OFTEN, refine(rest[0], load_model(before), threshold=THRESHOLD, seen=QUICK)]))
-    return path
 
 
 def read(out: Path) -> list[dict[str, Any]]:
