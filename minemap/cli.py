@@ -408,9 +408,15 @@ def _add_export(p: argparse.ArgumentParser) -> None:
 
 def _export(a: argparse.Namespace) -> None:
     from .export import export
+    from .page import export_page
 
     shape = {"threshold": a.threshold, "min_area": a.min_area, "smooth": a.smooth}
-    out = export(a.map, a.out, date=a.date, zone=a.zone, **shape)
+    if a.out.lower().endswith(".html"):
+        if a.zone:
+            raise InputError(f"zone {a.zone}: a page shows all zones; leave it out")
+        out = export_page(a.map, a.out, date=a.date, **shape)
+    else:
+        out = export(a.map, a.out, date=a.date, zone=a.zone, **shape)
     if not a.quiet:
         print(out)
 

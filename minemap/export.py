@@ -61,15 +61,9 @@ def export(
     """
     out = Path(out)
     ending = out.suffix.lower()
-    endings = (*RASTERS, *VECTORS, ".zarr", ".html")
+    endings = (*RASTERS, *VECTORS, ".zarr")
     if ending not in endings:
-        raise InputError(f"can't export to {out.name!r}: endings are {', '.join(endings)}")
-    if ending == ".html":
-        from .page import export_page  # which exports pictures of its own
-
-        if zone:
-            raise InputError(f"zone {zone}: a page shows all zones; leave it out")
-        return export_page(path, out, date=date, threshold=threshold, min_area=min_area, smooth=smooth)
+        raise InputError(f"can't export to {out.name!r}: endings are {', '.join(endings)}; .html is page.export_page")
     if ending != ".zarr":
         check_file(out)
     if threshold is not None:

@@ -311,7 +311,7 @@ class Store:
             except (RuntimeError, ValueError):  # zarr reads a shard's index before it writes, and this one is damaged
                 first = [*([] if index is None else [index, *[0] * (array.ndim - 3)]), y.start, x.start]
                 shard = tuple(n // side for n, side in zip(first, array.shards or array.chunks, strict=True))
-                (self.path / tile.group / name / array.metadata.encode_chunk_key(shard)).unlink()
+                (self.path / tile.group / name / array.metadata.encode_chunk_key(shard)).unlink(missing_ok=True)
                 array[place] = data
 
     def read_tile(self, tile: Grid, index: int | None, name: str) -> np.ndarray:

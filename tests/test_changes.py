@@ -331,10 +331,17 @@ def test_minenetcd_sees_both_composites_in_the_maps_windows(mapped, changer, tmp
     assert files(tmp_path / "two.zarr") == files(tmp_path / "change.zarr")
 
 
-def test_the_box_that_was_mapped_changes_no_pixel(two_years, mapped, changer, tmp_path):
-    """One window alone: its composites are kept to their edge, and the network looks over it."""
+@pytest.fixture(scope="module")
+def one_window(two_years, mapped, tmp_path_factory):
+    """A window of the scene, and both years of it alone."""
     window = next(w for w in Store(mapped).grid(GROUP).tiles(256) if w.buffered(-100).inside(two_years.bbox).all())
-    small = map_years(two_years.items, window.buffered(-100).lonlat_bounds, tmp_path / "map.zarr")
+    out = tmp_path_factory.mktemp("window") / "map.zarr"
+    return window, map_years(two_years.items, window.buffered(-100).lonlat_bounds, out)
+
+
+def test_the_box_that_was_mapped_changes_no_pixel(mapped, one_window, changer, tmp_path):
+    """One window alone: its composites are kept to their edge, and the network looks over it."""
+    window, small = one_window
     options = {"method": "minenetcd", "model": changer, "threshold": CHANGED}
     alone = compared(small, tmp_path / "small.zarr", **options).sel(y=window.y, x=window.x).values
     whole = compared(mapped, tmp_path / "whole.zarr", **options).sel(y=window.y, x=window.x).values
@@ -376,8 +383,8 @@ def test_scenes_are_read_again_as_the_map_read_them(name, mapped, two_years, tmp
     assert _reading(store, parse_period("2019"), BANDS).access == Access.of(where)
 
 
-def test_the_bundled_network_of_change(mapped, tmp_path, minemap):
-    words = ("change", mapped, "--before", 2019, "--after", 2023, "--out", tmp_path / "change.zarr", "--json")
+def test_the_bundled_network_of_change(one_window, tmp_path, minemap):
+    words = ("change", one_window[1], "--before", 2019, "--after", 2023, "--out", tmp_path / "change.zarr", "--json")
     done = minemap(*words, "--method", "minenetcd")
     assert done.returncode == 0, done.stderr
     summary, parameters = (

@@ -219,15 +219,3 @@ def test_a_box_in_any_spelling(words):
 
     found = parser().parse_args(_split_bbox(["map", *words, "--date", "2023", "--out", "x=-1"]))
     assert [float(n) for n in found.bbox] == [-63, 6, -62.5, 7] and found.out == "x=-1"
-
-
-@pytest.mark.parametrize(
-    ("words", "said"), [((), "goes on from here"), (("--overwrite",), "without --overwrite goes")]
-)
-def test_what_an_interrupted_command_says(words, said, minemap, monkeypatch, tmp_path):
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("minemap.mapping.map_area", interrupted)
-    done = minemap("map", "--bbox", *BOX, "--date", "2023", "--out", tmp_path / "m.zarr", *words)
-    assert done.returncode == 130 and said in done.stderr

@@ -178,8 +178,8 @@ def test_scenes_stay_frozen_when_the_catalogue_grows(inner, options, scene, tmp_
     assert rerun["items"] == first["items"] and rerun["km2_mine"] == first["km2_mine"]
 
 
-def test_years_and_areas_merge_into_a_zone_store(inner, options, model, tmp_path):
-    west, south, east, north = inner
+def test_years_and_areas_merge_into_a_zone_store(scene, options, tmp_path):
+    west, south, east, north = small = shrunk(scene.bbox, 1 / 3)
     middle = (west + east) / 2
     out = tmp_path / "zone.zarr"
     words = {**options, "extent": "zone", "min_clear": 1}
@@ -190,7 +190,7 @@ def test_years_and_areas_merge_into_a_zone_store(inner, options, model, tmp_path
     assert data.sizes["time"] == 2 and data.sizes["x"] <= 4 * 512
     assert [str(t)[:10] for t in data["time_bounds"].values[:, 1]] == ["2023-06-30", "2023-12-31"]
     once = tmp_path / "once.zarr"
-    map_area(inner, "2023", once, **{**options, "min_clear": 1})
+    map_area(small, "2023", once, **{**options, "min_clear": 1})
     one, two = overlap(stored(out), stored(once))
     computed = two != 255
     np.testing.assert_array_equal(one[computed], two[computed])
@@ -565,10 +565,10 @@ def test_exported_cog_holds_the_maps_pixels(made, tmp_path):
 WORDS = "import sys; from minemap.cli import main; sys.exit(main(sys.argv[1:]))"
 
 
-def begun(out, inner, options):
+def begun(out, inner, options, *more):
     """A map in a process of its own, as soon as its first super-tile is in the ledger."""
     words = ["map", "--bbox", *map(str, inner), "--date", "2023", "--out", str(out), "--keep-composite"]
-    words += ["--stac", str(options["stac"]), "--model", str(options["model"]), "--chunk", "512", "--quiet"]
+    words += ["--stac", str(options["stac"]), "--model", str(options["model"]), "--chunk", "512", "--quiet", *more]
     process = subprocess.Popen([sys.executable, "-c", WORDS, *words], stderr=subprocess.PIPE, text=True)
     ledger = Store(out).meta / "ledger"
     while process.poll() is None and not list(ledger.glob("*/*/[!.]*")):
@@ -588,14 +588,20 @@ def test_a_second_process_is_refused_while_the_first_goes_on(made, inner, option
         np.testing.assert_array_equal(stored(out, name).values, stored(made[0], name).values)
 
 
-@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT])
-def test_a_killed_run_goes_on_to_the_same_bytes(kill, made, inner, options, tmp_path):
+@pytest.mark.parametrize(
+    ("kill", "more", "said"),
+    [
+        (signal.SIGKILL, (), ""),
+        (signal.SIGINT, ("--overwrite",), "the same command without --overwrite goes on from here"),
+    ],
+)
+def test_a_killed_run_goes_on_to_the_same_bytes(kill, more, said, made, inner, options, tmp_path):
     out = tmp_path / "map.zarr"
-    process, ledger = begun(out, inner, options)
+    process, ledger = begun(out, inner, options, *more)
     process.send_signal(kill)
     _, told = process.communicate(timeout=120)
     if kill == signal.SIGINT and process.returncode != 0:
-        assert process.returncode == 130 and "the same command goes on from here" in told
+        assert process.returncode == 130 and said in told
     finished = {p: p.read_text() for p in ledger.glob("*/*/[!.]*")}
     assert finished
     summary = map_area(inner, "2023", out, keep_composite=True, **options)

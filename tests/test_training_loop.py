@@ -245,6 +245,7 @@ def test_train_arguments(tmp_path: Path) -> None:
         (["student", "--set", "gated_fusion=false"], "needs --teacher"),
         (["baseline", "--name", "lwf"], "needs --teacher"),
         (["teacher", "--set", "epochs"], "KEY=VALUE"),
+        (["teacher", "--set", "data=b.npz"], "--chips says that"),
         (["teacher", "--set", "surprise=1"], "no training option 'surprise': choose among"),
         (["teacher", "--set", "schedule=steps"], "not possible"),
         (["teacher", "--config", "absent.json"], "cannot be read"),

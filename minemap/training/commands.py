@@ -43,6 +43,7 @@ CHANGE: dict[str, Any] = {
     "selection": "none",
     "absent": 0.0,
 }
+ARGUMENTS = {"out": "--out", "data": "--chips", "quiet": "--json"}  # options that --set would have no say in
 COLUMNS = ("accuracy", "mf1", "miou", "mine_iou", "precision", "recall", "f1", "boundary_f1", "ece")
 
 
@@ -99,6 +100,8 @@ def _assignment(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals:
         raise InputError(f"--set {text!r}: give KEY=VALUE with a training option, as in epochs=20")
+    if key in ARGUMENTS:
+        raise InputError(f"--set {text!r}: {ARGUMENTS[key]} says that")
     if get_origin(option_types().get(key)) is tuple and not value.startswith("["):
         return key, [_parsed(part) for part in value.split(",") if part]
     return key, _parsed(value)

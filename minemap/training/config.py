@@ -25,24 +25,24 @@ class TrainConfig:
     name: str = "model"  # name in the recipe
     split: str | None = "train"  # rows of the chip files that are used
     holdout: float = 0.2  # share of them, by block, that chooses epochs and thresholds
-    holdout_seed: int = 0
+    holdout_seed: int = 0  # of the draw of these blocks
     rows: str = "all"  # "fine": a drawn share of the blocks (the few-fine regime); "rest": the others
-    fine_share: float = 0.15
-    fine_seed: int = 0
+    fine_share: float = 0.15  # of the rows
+    fine_seed: int = 0  # of the draw of these blocks
     coarse: str = "none"  # make the labels coarse: "fitted" or "blobs" (training/coarse.py)
-    bands: tuple[str, ...] = BANDS
+    bands: tuple[str, ...] = BANDS  # that the network sees
     derived: tuple[str, ...] = ()  # "ndvi"
 
-    architecture: str = "minec2fnet"
+    architecture: str = "minec2fnet"  # or minenetcd, fpn, unet, deeplabv3plus, segformer (models/)
     encoder: str | None = None  # one of smp's; None: that of `start` or `teacher`, else the architecture's own
     change_fft: bool = True  # of the change network
-    imagenet: bool = False
+    imagenet: bool = False  # start from ImageNet weights
     teacher: str | None = None  # checkpoint that the student starts from and learns from
     start: str | None = None  # checkpoint of the same network that training goes on from
     fresh: bool = False  # the student does not start from its teacher, it only holds the frozen encoder
-    gated_fusion: bool = True
-    cbam: bool = True
-    refinement: bool = True
+    gated_fusion: bool = True  # of the student's encoder with the frozen one
+    cbam: bool = True  # channel and spatial attention
+    refinement: bool = True  # by diffusion
     steps: int = 3  # of the refinement; not given in the paper
     detail: bool = False  # our own head at full resolution
 
@@ -57,10 +57,10 @@ class TrainConfig:
     attention: float = 0.0  # weight of LwM's attention distillation
     replay: float = 0.0  # share of samples that come from the rest, with coarse labels
 
-    epochs: int = 100
+    epochs: int = 100  # at most
     epoch_samples: int = 0  # samples an epoch; 0 is one pass
-    batch: int = 8
-    learning_rate: float = 1e-4
+    batch: int = 8  # windows
+    learning_rate: float = 1e-4  # AdamW's
     weight_decay: float = 1e-4
     warmup: int = 5  # epochs
     schedule: str = "plateau"  # or "cosine"
@@ -85,11 +85,11 @@ class TrainConfig:
     drop_infrared: float = 0.0  # probability that NIR and SWIR are absent
     toa: float = 0.0  # probability that an RGB sample gets top-of-atmosphere offsets or loses them
 
-    seed: int = 0
+    seed: int = 0  # of weights, batches and dropout
     precision: str = "native"  # "bf16" or "fp32"; native: bf16 on a GPU and on processors that multiply it
-    device: str = "cpu"
-    threads: int = 2
-    quiet: bool = True
+    device: str = "cpu"  # or "cuda"
+    threads: int = 2  # of a processor
+    quiet: bool = True  # no progress bar
 
     def __post_init__(self) -> None:
         if self.precision == "native":
