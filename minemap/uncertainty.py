@@ -3,7 +3,7 @@
 Sums of calibrated probabilities fail where a mine is one pixel in a thousand, and pixels err together. So the unit
 is a block of held-out chips (places within 5 km of each other): its true area against what was mapped. The error of
 a block is taken relative to a scale, which grows with the area whose probability is neither low nor high; quantiles
-of these relative errors make the interval (as in normalised conformal prediction: Lei et al. 2018, Journal of the
+of these relative errors make the interval (normalised conformal prediction: Lei et al. 2018, Journal of the
 American Statistical Association 113:1094-1111). Errors of a large site are assumed to go together: its interval is
 as wide, relative to its doubtful area, as that of a block.
 """

@@ -592,6 +592,7 @@ def test_a_second_process_is_refused_while_the_first_goes_on(made, inner, option
     ("kill", "more", "said"),
     [
         (signal.SIGKILL, (), ""),
+        (signal.SIGINT, (), "the same command goes on from here"),
         (signal.SIGINT, ("--overwrite",), "the same command without --overwrite goes on from here"),
     ],
 )

@@ -25,7 +25,7 @@ from minemap.uncertainty import COVERAGE, AreaModel, parts, spread
 
 LARGE = 0.1  # km² of true mine from which a block's relative width is told
 FLOORS = (0.05, 0.1, 0.2)  # km² of the scale that are tried
-TAILS = (1 - COVERAGE) * np.array([0.1, 0.3, 0.5, 0.7, 0.9])  # shares of blocks with less mine than the lower bound
+TAILS = np.arange(1, 20) * (1 - COVERAGE) / 20  # shares of blocks with less mine than the lower bound
 MARGIN = 0.5  # degrees around the chips that still count as their region
 FEWEST = 20  # blocks, for quantiles of 5 and 95 %
 
@@ -59,9 +59,7 @@ def fit(blocks: Blocks, threshold: float) -> AreaModel:
     """The model of errors of some blocks, each of which counts once.
 
     Of the intervals with COVERAGE, by floor of the scale and by the tail that the blocks outside lie in,
-    those that are narrowest for blocks with mine are taken. Quantiles are those of the blocks as they are: with
-    conformal prediction's allowance for a block not seen yet, intervals are a quarter wider for 3 points of coverage.
-    Region, shares and what was measured stay open.
+    those that are narrowest for blocks with mine are taken. Region, shares and what was measured stay open.
     """
     mapped, doubtful, _ = parts(blocks.levels, threshold)
     weight = _weights(blocks.block)
@@ -71,8 +69,8 @@ def fit(blocks: Blocks, threshold: float) -> AreaModel:
     for floor in FLOORS:
         error = (blocks.truth - ratio * mapped) / spread(doubtful, floor)
         for tail in TAILS:
-            low = -_quantile(-error, weight, 1 - tail)
-            high = _quantile(error, weight, COVERAGE + tail)
+            low = -_quantile(-error, weight, 1 - tail, more=1)
+            high = _quantile(error, weight, COVERAGE + tail, more=1)
             model = AreaModel(threshold, ratio, floor, low, high, (-180, -90, 180, 90), (0, 1), {})
             found.append((measured(blocks, model.interval(blocks.levels))["large_median_width"], len(found), model))
     return min(found)[-1]
@@ -84,10 +82,11 @@ def _weights(block: NDArray[np.str_]) -> NDArray[np.float64]:
     return 1 / counts[which]
 
 
-def _quantile(values: NDArray[np.float64], weight: NDArray[np.float64], level: float) -> float:
-    """The smallest value with at least `level` of the weight at or below it."""
+def _quantile(values: NDArray[np.float64], weight: NDArray[np.float64], level: float, more: float = 0) -> float:
+    """The smallest value with at least `level` of the weight at or below it; `more`: of weight that lies beyond all
+    values (1, a block not seen yet, makes the quantile conformal)."""
     order = np.argsort(values)
-    below = np.cumsum(weight[order]) / weight.sum()
+    below = np.cumsum(weight[order]) / (weight.sum() + more)
     return float(values[order][min(int(np.searchsorted(below, level - 1e-12)), len(values) - 1)])
 
 
