@@ -102,6 +102,26 @@ def predict_against_naive() -> Iterator[str]:
     yield f"ours {ours:.2f} s, naive {theirs:.2f} s for 16 windows: {theirs / ours:.1f} times as fast"
 
 
+def composite_against_numpy() -> Iterator[str]:
+    """The median of clear looks against numpy's nanmedian, 24 looks, six bands (at least 10 times as fast)."""
+    from minemap.compositing import Rule, composite_looks
+
+    rng, shape = np.random.default_rng(0), (24, 256, 256)
+    scl = np.where(rng.random(shape) < 0.3, 9, 4).astype(np.uint8)
+    bands = rng.integers(1, 10_000, (6, *shape), dtype=np.uint16)
+    rule = Rule(min_clear=1, rescue=False)
+
+    def theirs() -> np.ndarray:
+        return np.nanmedian(np.where(scl == 9, np.nan, bands * np.float32(1e-4)), axis=1)
+
+    def ours() -> np.ndarray:
+        return composite_looks(lambda b: bands[b], [True] * 6, scl, np.arange(24), rule)[0]
+
+    np.testing.assert_allclose(ours(), theirs(), rtol=1e-5)
+    quick, slow = (t / bands[:, 0].size * 1e9 for t in alternating(ours, theirs))
+    yield f"ours {quick:.0f} ns a pixel and band, numpy {slow:.0f}: {slow / quick:.1f} times as fast"
+
+
 def _scene(folder: Path, size: int, scenes: int) -> Path:
     from minemap.demo import DemoConfig, make_demo
 
@@ -317,6 +337,7 @@ def kills(count: int = 20) -> Iterator[str]:
 BENCHMARKS: dict[str, Callable[[], Iterator[str]]] = {
     "bare": predict_against_bare,
     "naive": predict_against_naive,
+    "composite": composite_against_numpy,
     "stages": whole_map_against_stages,
     "memory": memory,
     "memory-default": memory_default,

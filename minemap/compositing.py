@@ -1,14 +1,13 @@
 """A cube of looks to one cloud-free image: the median of the clear looks, and how many there were.
 
-All arithmetic is on uint16 (reflectance x 10,000, 0 = nothing seen): exact, and numpy sorts 16-bit integers with
-vector instructions.
+All arithmetic is on uint16 (reflectance x 10,000, 0 = nothing seen): exact, and quick in vector instructions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import dask.array as da
@@ -185,11 +184,10 @@ def _doubtful(scl: np.ndarray, looks: np.ndarray, rule: Rule) -> np.ndarray:
     """Pixels that SCL calls cloud in over `rescue_share` of enough looks, bool (y, x)."""
     seen = np.zeros(scl.shape[1:], np.int16)
     cloudy = np.zeros(scl.shape[1:], np.int16)
-    is_seen, is_cloud = ~np.isin(np.arange(256), _NEVER_SEEN), np.isin(np.arange(256), SCL_CLOUD)
     for members in _members(looks):
-        valid = is_seen[scl[members]]
+        valid = _but(_NEVER_SEEN, scl[members])
         seen += valid.any(axis=0)
-        cloudy += (is_cloud[scl[members]] & valid).any(axis=0)
+        cloudy += (valid > _but(SCL_CLOUD, scl[members])).any(axis=0)
     return (seen >= rule.rescue_looks) & (cloudy > rule.rescue_share * seen)
 
 
@@ -203,19 +201,26 @@ def _median_of_clear(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Reflectance float32 (y, x), NaN without a clear look, and the number of clear looks (y, x)."""
     flat, classes = values.reshape(len(values), -1), scl.reshape(len(scl), -1)
-    masked = np.isin(np.arange(256), rule.masked)
     median = np.empty(flat.shape[1], np.float32)
     count = np.empty(flat.shape[1], np.uint16)
     for start in range(0, flat.shape[1], BLOCK):
         part = slice(start, start + BLOCK)
-        block = np.where(masked[classes[:, part]], ABSENT, flat[:, part])
-        median[part], count[part] = _median(_merged(block, looks))
+        twice, count[part] = _twice_median(_merged(flat[:, part] * _but(rule.masked, classes[:, part]), looks))
+        median[part] = (twice + 2) * np.float32(SCALE / 2)
     return median.reshape(values.shape[1:]), count.reshape(values.shape[1:])
 
 
+def _but(unwanted: Iterable[int], classes: np.ndarray) -> np.ndarray:
+    """uint16, 1 where an SCL class is none of `unwanted` (nor beyond 15), else 0: a bit for each class, shifted."""
+    return np.uint16(0xFFFF & ~sum(1 << c for c in unwanted)) >> classes & 1
+
+
 def _merged(values: np.ndarray, looks: np.ndarray) -> np.ndarray:
-    """(look, pixel): of a look's layers the first that has a value there; ABSENT where none has. Overwrites."""
-    values[values == NODATA] = ABSENT
+    """Of (layer, pixel), 0 where there is none: values - 1 (look, pixel), ABSENT where none, as 0 wraps round.
+
+    A look's value is that of the first of its layers that has one there. Overwrites `values`.
+    """
+    values -= np.uint16(1)
     if len(looks) == looks.max(initial=-1) + 1:
         return values  # one layer a look
     merged = []
@@ -232,27 +237,49 @@ def _rescue(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """For the doubtful pixels of one band: median of all looks, their number, whether they are stable."""
     flat, classes = values.reshape(len(values), -1), scl.reshape(len(scl), -1)
-    never, pixels = np.isin(np.arange(256), _NEVER_SEEN), np.flatnonzero(doubtful)
+    pixels = np.flatnonzero(doubtful)
     middle = np.empty(len(pixels), np.float32)
     count = np.empty(len(pixels), np.uint16)
     spread = np.empty(len(pixels), np.float32)
     for start in range(0, len(pixels), BLOCK):
         part = slice(start, start + BLOCK)
         chosen = pixels[part]
-        merged = _merged(np.where(never[classes[:, chosen]], ABSENT, flat[:, chosen]), looks)
-        middle[part], count[part] = _median(merged)
-        stored = np.nan_to_num(middle[part] / np.float32(SCALE))
-        away = np.where(merged == ABSENT, ABSENT, np.abs(merged - stored).astype(np.uint16))
-        spread[part], _ = _median(away)
+        merged = _merged(flat[:, chosen] * _but(_NEVER_SEEN, classes[:, chosen]), looks)
+        twice, count[part] = _twice_median(merged.copy())
+        away = np.where(merged == ABSENT, ABSENT, np.abs(merged - np.nan_to_num(twice) / 2).astype(np.uint16))
+        middle[part] = (twice + 2) * np.float32(SCALE / 2)
+        spread[part] = _twice_median(away)[0] * np.float32(SCALE / 2)
     stable = (count >= rule.rescue_looks) & (spread <= rule.rescue_spread * middle)
     return middle, count, stable
 
 
-def _median(looks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of (look, pixel): median as reflectance (pixel,), NaN where every look is ABSENT, and the count (pixel,)."""
-    ordered = np.sort(np.ascontiguousarray(looks.T), axis=1)
-    count = (ordered != ABSENT).sum(axis=1, dtype=np.uint16)
+def _twice_median(looks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of uint16 (look, pixel): twice the median, float32 (pixel,), NaN where all are ABSENT, and how many are not.
+
+    Sorts `looks` in place along the looks, all pixels of a step at once: eight times as fast as a sort for each
+    pixel where the processor can't sort 16-bit integers in vectors.
+    """
+    smaller = np.empty_like(looks[0])
+    for low, high in _sorting_network(len(looks)):
+        np.minimum(looks[low], looks[high], out=smaller)
+        np.maximum(looks[low], looks[high], out=looks[high])
+        looks[low] = smaller
+    count = (looks != ABSENT).sum(axis=0, dtype=np.uint16)
     last = np.maximum(count, 1).astype(np.intp) - 1
-    pixels = np.arange(len(ordered))
-    twice = ordered[pixels, last // 2].astype(np.float32) + ordered[pixels, (last + 1) // 2]
-    return np.where(count > 0, twice * np.float32(SCALE / 2), np.float32(np.nan)), count
+    pixels = np.arange(looks.shape[1])
+    twice = looks[last // 2, pixels].astype(np.float32) + looks[(last + 1) // 2, pixels]
+    return np.where(count > 0, twice, np.float32(np.nan)), count
+
+
+@lru_cache
+def _sorting_network(n: int) -> tuple[tuple[int, int], ...]:
+    """Pairs to put in order, one after the other, that sort any n values: Batcher's odd-even merge sort (Knuth, The
+    Art of Computer Programming, vol. 3, 5.2.2, algorithm M)."""
+    pairs = []
+    widths = [2**i for i in range((n - 1).bit_length())]  # of the sorted runs that are merged
+    for width in widths:
+        for step in (width >> i for i in range(width.bit_length())):
+            for start in range(step % width, n - step, 2 * step):
+                ends = range(start, min(start + step, n - step))
+                pairs += [(i, i + step) for i in ends if i // (2 * width) == (i + step) // (2 * width)]
+    return tuple(pairs)

@@ -249,7 +249,12 @@ def _scaled(dn: da.Array, decided: list[Scaling]) -> da.Array:
     """Stored DN (time, band, y, x) to reflectance x 10,000, layer by layer."""
     if all(d.offset == 0 and d.scale == SCALE for d in decided):
         return dn
-    return da.concatenate([dn[i : i + 1].map_blocks(rescale, d, dtype="uint16") for i, d in enumerate(decided)])
+    by_layer = da.from_array(np.array(decided, dtype=object).reshape(-1, 1, 1, 1), chunks=1)
+    return da.map_blocks(_rescaled, dn, by_layer, dtype="uint16", meta=dn._meta)
+
+
+def _rescaled(dn: np.ndarray, decided: np.ndarray) -> np.ndarray:
+    return rescale(dn, decided.item())
 
 
 def rescale(dn: np.ndarray, decided: Scaling) -> np.ndarray:

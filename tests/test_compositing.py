@@ -10,7 +10,7 @@ import xarray as xr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minemap.compositing import Rule, composite, composite_looks
+from minemap.compositing import Rule, _sorting_network, composite, composite_looks
 from minemap.errors import InputError
 
 PLAIN = Rule(min_clear=1, rescue=False)
@@ -22,8 +22,16 @@ def run(values, scl, looks=None, rule=PLAIN):
     return composite_looks(lambda b: values[b], present, scl, looks, rule)
 
 
+@pytest.mark.parametrize("n", range(13))
+def test_the_network_sorts_all_numbers(n):
+    values = np.arange(2**n)[None] >> np.arange(n)[:, None] & 1  # what sorts every row of 0 and 1 sorts all numbers
+    for low, high in _sorting_network(n):
+        values[[low, high]] = np.sort(values[[low, high]], axis=0)
+    assert (np.diff(values, axis=0) >= 0).all()
+
+
 @settings(deadline=None, max_examples=30)
-@given(st.integers(1, 30), st.integers(0, 10_000))
+@given(st.integers(1, 70), st.integers(0, 10_000))
 def test_median_and_count_equal_numpys(n, seed):
     rng = np.random.default_rng(seed)
     values = rng.integers(0, 12_000, (2, n, 5, 7)).astype(np.uint16)

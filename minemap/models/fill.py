@@ -40,14 +40,16 @@ def mirror_sources(observed: NDArray[np.bool_]) -> NDArray[np.int64]:
     """Flat index of the observed pixel that stands in for each pixel, int64 (y, x), from bool (y, x)."""
     shape = observed.shape
     source = np.where(observed, np.arange(observed.size).reshape(shape), -1)
-    for _ in range(ROUNDS):
-        y, x = np.nonzero(source < 0)
+    for done in range(ROUNDS + 1):
+        left = source < 0
+        y, x = np.nonzero(left)
         if not len(y):
             break
-        near = ndimage.distance_transform_edt(source < 0, return_distances=False, return_indices=True)
-        mirror_y, mirror_x = 2 * near[0][y, x] - y, 2 * near[1][y, x] - x
+        near = ndimage.distance_transform_edt(left, return_distances=False, return_indices=True)[:, y, x]
+        if done == ROUNDS:
+            source[y, x] = source[near[0], near[1]]
+            break
+        mirror_y, mirror_x = 2 * near - (y, x)
         within = (mirror_y >= 0) & (mirror_y < shape[0]) & (mirror_x >= 0) & (mirror_x < shape[1])
-        source[y[within], x[within]] = source.copy()[mirror_y[within], mirror_x[within]]
-    left = source < 0
-    near = ndimage.distance_transform_edt(left, return_distances=False, return_indices=True)
-    return source[tuple(near)]
+        source[y[within], x[within]] = source[mirror_y[within], mirror_x[within]]
+    return source
