@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from .areas import area_table, check_threshold
 from .cluster import connect
 from .consistency import make_consistent
-from .errors import InputError, NoItemsError
+from .errors import InputError, NoItemsError, ReadError
 from .grid import BBox, check_bbox
 from .mapping import Plan, map_area, plan
 from .scenes import around
 from .sites import Site, bounds, read_sites
-from .store import CONSISTENT, Store, check_file
+from .store import CONSISTENT, Store, check_file, drafted
 from .uncertainty import AreaModel
 
 if TYPE_CHECKING:
@@ -187,15 +187,24 @@ def _map_years(job: _Job, out: str | Path, options: dict[str, Any], **how: Any) 
 
 
 def _by_year(job: _Job, make: Callable[[int], T]) -> dict[int, T]:
-    """What is made of each year; one without any scenes stays unobserved, unless that is so for all."""
+    """What is made of each year; one without any scenes stays unobserved, unless that is so for all.
+
+    Years with files that can't be read don't keep the others from being made: the ReadError comes at the end.
+    """
     made: dict[int, T] = {}
     empty: list[NoItemsError] = []
+    broken: dict[int, ReadError] = {}
     for year in job.years:
         try:
             made[year] = make(year)
         except NoItemsError as error:
             empty.append(error)
             warnings.warn(f"{year} stays unobserved: {error}", stacklevel=4)
+        except ReadError as error:
+            broken[year] = error
+    if broken:
+        first = next(iter(broken))
+        raise ReadError(f"{', '.join(map(str, broken))} not mapped whole: {broken[first]}") from broken[first]
     if not made:
         raise empty[0]
     return made
@@ -203,15 +212,11 @@ def _by_year(job: _Job, make: Callable[[int], T]) -> dict[int, T]:
 
 def write_table(frame: pd.DataFrame, path: Path) -> None:
     """The table as CSV (areas and shares to six decimals: a square metre) or Parquet, whole or not at all."""
-    draft = path.with_name(f".{path.name}.draft{path.suffix}")
-    try:
+    with drafted(path) as draft:
         if path.suffix.lower() == ".parquet":
             frame.to_parquet(draft, index=False)
         else:
             frame.to_csv(draft, index=False, float_format="%.6f")
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def draw_chart(frame: pd.DataFrame, path: Path, store: Store) -> None:
@@ -238,14 +243,13 @@ def draw_chart(frame: pd.DataFrame, path: Path, store: Store) -> None:
         shown |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
     figure.legend(list(shown.values()), list(shown), loc="outside lower center", ncols=4, frameon=False)
     model, of = store.attributes()["model"], frame["site"].nunique()
-    figure.suptitle(f"Mine area by year, model {model}" + (f" ({len(names)} of {of} sites)" if of > PANELS else ""))
-    draft = path.with_name(f".{path.name}.draft.png")
+    title = f"Mine area by year, model {model}" + (f" ({len(names)} of {of} sites)" if of > PANELS else "")
+    figure.suptitle(title, parse_math=False)
     try:
-        figure.savefig(draft, dpi=110)
-        draft.replace(path)
+        with drafted(path) as draft:
+            figure.savefig(draft, dpi=110)
     finally:
         plt.close(figure)
-        draft.unlink(missing_ok=True)
 
 
 def _panel(axis: Any, rows: pd.DataFrame, name: str) -> None:
@@ -260,7 +264,8 @@ def _panel(axis: Any, rows: pd.DataFrame, name: str) -> None:
             axis.errorbar(known["year"], middle, away, fmt="_", capsize=4, color=colour, label=label)
     axis.plot(year, mapped.where(~poor), "o-", color="tab:red", label="mapped")
     axis.plot(year[poor], mapped[poor], "o", mfc="white", color="tab:red", label="mapped, poorly observed")
-    axis.set(title=name, ylabel="km²")
+    axis.set_title(name, parse_math=False)  # a "$" in a name is no formula
+    axis.set_ylabel("km²")
     axis.set_ylim(bottom=0)
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.grid(alpha=0.3)

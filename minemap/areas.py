@@ -56,9 +56,9 @@ def area_table(
     observed_fraction of the site; gain_km2 and loss_km2 against the row before, on the pixels observed in both, which
     are common_observed_fraction of the site (NaN in a site's first row); poorly_observed, a flag: observed_fraction
     below POOR; extrapolated, a flag: the model's errors were not measured under such conditions, nor ever for
-    "probability_consistent", so that the bounds are not to be trusted; period, first and last day. All areas are of
-    observed pixels, on the ellipsoid: what was not seen is in none of them, and where nothing was seen they are NaN,
-    as for a site outside the map. Raises InputError, StoreError.
+    "probability_consistent", so that the bounds are not to be trusted; period, first and last day; site_area_km2,
+    seen or not. All other areas are of observed pixels: what was not seen is in none of them, and where nothing was
+    seen they are NaN, as for a site outside the map. All are on the ellipsoid. Raises InputError, StoreError.
     """
     store = Store.at(path)
     chosen = _sites(sites, bbox, buffer)
@@ -77,7 +77,12 @@ def _sites(sites: str | Path | Sequence[Site] | None, bbox: BBox | None, buffer:
         raise InputError("give sites or a bbox to tabulate, not both")
     if sites is None:
         return [Site("bbox", bbox=check_bbox(bbox)) if bbox is not None else Site("map")]
-    return read_sites(sites, buffer=buffer) if isinstance(sites, (str, Path)) else list(sites)
+    if isinstance(sites, (str, Path)):
+        return read_sites(sites, buffer=buffer)
+    names = [site.name for site in sites]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise InputError(f"two sites are named {twice[0]}: unite them, or give one another name")
+    return list(sites)
 
 
 def sorted_periods(store: Store) -> list[Period]:
@@ -87,6 +92,18 @@ def sorted_periods(store: Store) -> list[Period]:
     if not found:
         raise InputError(f"{store.path} has nothing mapped yet")
     return sorted(found, key=lambda period: (period.start, period.end))
+
+
+def choose_period(store: Store, date: str | Period | None, zone: str | None = None) -> Period:
+    """The period that `date` names, the last one when None, of a zone or of any. Raises InputError, StoreError."""
+    every = sorted_periods(store)
+    periods = every if zone is None else [period for period in every if period in store.periods(zone)]
+    if not periods:
+        raise InputError(f"{store.path} has nothing mapped yet in {zone}")
+    wanted = periods[-1] if date is None else parse_period(date)
+    if wanted not in periods:
+        raise InputError(f"the map has no period {wanted}: it has {', '.join(map(str, periods))}")
+    return wanted
 
 
 def _periods(store: Store, years: Sequence[int] | None, layer: str) -> list[Period]:
@@ -279,6 +296,7 @@ def _rows(
             "poorly_observed": not observed / total >= POOR,
             "extrapolated": bool(outside[n]),
             "period": str(period),
+            "site_area_km2": float(tally.total[0]),
         }
 
 

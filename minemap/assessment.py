@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
-from .areas import check_threshold, computed_tiles, read_periods, sorted_periods
+from .areas import check_threshold, choose_period, computed_tiles, read_periods
 from .errors import InputError
 from .grid import Grid, continuous_lonlat, pixel_area_km2
 from .inference import NOT_OBSERVED, mine_from
@@ -85,7 +85,7 @@ def sample(
     if n < FEWEST * len(STRATA):
         raise InputError(f"n is {n}: at least {FEWEST * len(STRATA)} points are needed, some hundreds are useful")
     for file in (out, out.with_suffix(".csv")):
-        if file.exists() and any(_word(row) for row in _read_points(file)):
+        if file.exists() and any(_word(row) for row in _own_points(file)):
             raise InputError(f"{file} holds labels: choose another name for the points, or move it away")
     store = Store.at(path)
     design = _design(store, date, threshold, seed)
@@ -99,11 +99,16 @@ def sample(
             "strata_km2": dict(zip(STRATA, areas.round(ROUND).tolist(), strict=True))}  # fmt: skip
 
 
+def _own_points(path: Path) -> list[dict[str, Any]]:
+    """The points of a file that new ones would take the place of."""
+    try:
+        return _read_points(path)
+    except InputError as error:
+        raise InputError(f"{path} exists and holds no points of minemap sample: choose another name") from error
+
+
 def _design(store: Store, date: str | None, threshold: float | None, seed: int) -> Design:
-    periods = sorted_periods(store)
-    period = parse_period(date) if date is not None else periods[-1]
-    if period not in periods:
-        raise InputError(f"the map has no period {period}: it has {', '.join(map(str, periods))}")
+    period = choose_period(store, date)
     return Design(period, store.attributes()["recipe"]["threshold"] if threshold is None else threshold, seed)
 
 

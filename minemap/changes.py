@@ -27,7 +27,7 @@ import numpy as np
 
 from . import __version__
 from .annual import TABLES, file_to_write, write_table
-from .areas import check_threshold, first_year, read_periods
+from .areas import check_threshold, choose_period, first_year, read_periods
 from .checkpoint import DEFAULT_CHANGE_MODEL, Checkpoint, load_model
 from .cluster import check_workers, connect, worker_count
 from .compositing import Rule
@@ -36,7 +36,7 @@ from .grid import WINDOW, Grid, pixel_area_km2
 from .inference import NOT_OBSERVED, Settings, layout, mine_from, probability
 from .mapping import AOI, Reading, Work, inside_aoi, read_image, run_tiles
 from .reader import Access
-from .scenes import SOURCES, Period, Source, parse_period
+from .scenes import SOURCES, Period, Source
 from .scenes import source as source_named
 from .sentinel2 import NODATA
 from .store import Store, parameters_hash
@@ -291,7 +291,7 @@ class Plan:
         target = file_to_write(table, TABLES, "table") if table is not None else None
         source, store = Store.at(path), Store.at(out, "change")
         about = source.attributes()
-        first, second = find_period(source, before), find_period(source, after)
+        first, second = choose_period(source, before), choose_period(source, after)
         if first.end >= second.start:
             raise InputError(f"before ({first}) must end earlier than after ({second}) starts: choose other dates")
         work = _common_work(source, first, second)
@@ -386,16 +386,6 @@ def _reading(store: Store, period: Period, bands: tuple[str, ...]) -> Reading:
     where = Source(names.get(p["source"], p["source"]), p["source"], p["collection"], is_file=local)
     rule = Rule(**{**p["composite"], "masked": tuple(p["composite"]["masked"])})
     return Reading(store, period, bands, rule, Access.of(where), p["reader"])
-
-
-def find_period(store: Store, date: str | Period) -> Period:
-    """One of a map's periods; InputError names those there are."""
-    wanted = parse_period(date)
-    present = {period for group in store.groups() for period in store.periods(group)}
-    if wanted not in present:
-        names = ", ".join(sorted(map(str, present))) or "none"
-        raise InputError(f"{store.path} has no map of {wanted}: its periods are {names}")
-    return wanted
 
 
 def _series(source: Store) -> dict[str, list[Period]]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xarray as xr
 
-from .areas import check_threshold, sorted_periods
+from .areas import check_threshold, choose_period, sorted_periods
 from .errors import InputError
 from .inference import NOT_OBSERVED, mine_from
-from .polygons import COLUMNS, choose_period, polygons
+from .polygons import COLUMNS, polygons
 from .pyramid import write_pyramid
 from .scenes import Period
 from .stac_item import describe, item_path, of_raster, of_table
-from .store import QUICKLOOK, Store, check_file, open_map, write_atomically
+from .store import QUICKLOOK, Store, check_file, drafted, open_map, write_atomically
 
 if TYPE_CHECKING:
     import geopandas
@@ -82,17 +81,6 @@ def export(
     return _export_vector(path, out, date, shape)
 
 
-@contextmanager
-def drafted(out: Path) -> Iterator[Path]:
-    """A name to write to beside `out`, which takes its place when all went well and is gone when not."""
-    draft = out.with_name(f".{out.name}.draft{out.suffix}")
-    try:
-        yield draft
-        draft.replace(out)
-    finally:
-        draft.unlink(missing_ok=True)
-
-
 def _export_raster(path: str | Path, out: Path, date: str | None, threshold: float | None, zone: str | None) -> Path:
     store = Store.at(path)
     data = open_map(store.path, zone)
@@ -115,7 +103,8 @@ def _export_vector(path: str | Path, out: Path, date: str | None, shape: Shape) 
     period = choose_period(store, date)
     groups = _mapped(store, store.groups(), period)
     frame = polygons(path, date=str(period), **vars(shape))
-    about = of_table({name: COLUMNS[name] for name in frame.columns}, len(frame))
+    covering = ["bbox"] if out.suffix.lower() == ".parquet" else []
+    about = of_table({name: COLUMNS[name] for name in [*frame.columns, *covering]}, len(frame))
     with drafted(out) as draft:
         VECTORS[out.suffix.lower()](frame, draft)
         limit = store.attributes()["recipe"]["threshold"] if shape.threshold is None else shape.threshold
@@ -276,9 +265,12 @@ def write_picture(data: xr.Dataset, out: Path, *, threshold: float | None, store
         _scale_bar(axis, kilometres)
         axis.set(xticks=[], yticks=[])
     period, epsg = _period_of(data), data.rio.crs.to_epsg()
-    figure.suptitle(f"{period.start} to {period.end}   model {about['model']}, threshold {limit:.2f}   EPSG:{epsg}")
-    figure.savefig(out, dpi=110)
-    plt.close(figure)
+    title = f"{period.start} to {period.end}   model {about['model']}, threshold {limit:.2f}   EPSG:{epsg}"
+    figure.suptitle(title, parse_math=False)
+    try:
+        figure.savefig(out, dpi=110)
+    finally:
+        plt.close(figure)
 
 
 def _cropped(data: xr.Dataset) -> xr.Dataset:

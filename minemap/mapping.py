@@ -831,7 +831,28 @@ def read_shapes(path: str | Path, role: str, layer: str | None = None) -> geopan
         raise InputError(f"{role} {path} holds no geometries: give a vector file, such as GeoJSON or GeoPackage")
     if frame.crs is None:
         raise InputError(f"{role} {path} has no coordinate reference system: set one in the file")
-    return frame.to_crs(4326)
+    return frame.set_geometry(_in_degrees(frame.geometry))
+
+
+def _in_degrees(shapes: geopandas.GeoSeries) -> geopandas.GeoSeries:
+    """In degrees, each in one piece: what a projection holds across the antimeridian goes on past ±180."""
+    import shapely
+    from pyproj import Transformer
+
+    degrees = shapes.to_crs(4326)
+    west, _, east, _ = shapely.bounds(degrees.values).T
+    wide = np.flatnonzero((east - west > 180) & shapes.crs.is_projected)
+    to_degrees = Transformer.from_crs(shapes.crs, 4326, always_xy=True)
+    for i in wide:
+        left, bottom, right, top = shapes.iloc[i].bounds
+        middle = to_degrees.transform((left + right) / 2, (bottom + top) / 2)[0]
+
+        def unrolled(points: np.ndarray, middle: float = middle) -> np.ndarray:
+            turns = np.rint((points[:, 0] - middle) / 360 * (1 - 1e-9))  # a map of the world keeps both its ends
+            return np.column_stack([points[:, 0] - 360 * turns, points[:, 1]])
+
+        degrees.iloc[i] = shapely.transform(degrees.iloc[i], unrolled)
+    return degrees
 
 
 def aoi_hash(path: str | Path | None) -> str | None:
@@ -841,7 +862,8 @@ def aoi_hash(path: str | Path | None) -> str | None:
 def in_zone(area: shapely.Geometry, epsg: int) -> shapely.Geometry:
     """The part of an area (degrees) in and around a zone, in the zone's metres; may be empty.
 
-    Clipped in degrees first: far from its zone a projection folds, and at the antimeridian the area goes on.
+    Clipped in degrees first: far from its zone a projection folds, and at the antimeridian the area goes on. Lines,
+    which spikes become when they are made valid, have no area and are left out: every pixel they touch would count.
     """
     import geopandas
     import shapely
@@ -850,7 +872,8 @@ def in_zone(area: shapely.Geometry, epsg: int) -> shapely.Geometry:
     west = (epsg % 100) * 6 - 186
     around = shapely.box(west - 1, -90, west + 7, 90)
     parts = shapely.union_all([translate(area, dx).intersection(around) for dx in (-360, 0, 360)])
-    return geopandas.GeoSeries([shapely.segmentize(parts, 0.01)], crs=4326).to_crs(epsg).iloc[0]
+    whole = shapely.union_all([p for p in shapely.get_parts(parts) if p.geom_type in ("Polygon", "MultiPolygon")])
+    return geopandas.GeoSeries([shapely.segmentize(whole, 0.01)], crs=4326).to_crs(epsg).iloc[0]
 
 
 def inside_aoi(grid: Grid, path: Path) -> np.ndarray:

@@ -23,12 +23,12 @@ import xarray as xr
 from affine import Affine
 from pyproj import CRS, Transformer
 
-from .areas import POOR, area_table, check_threshold, sorted_periods
+from .areas import POOR, area_table, check_threshold, choose_period, sorted_periods
 from .errors import InputError
-from .export import Shape, drafted, period_index
-from .polygons import choose_period, polygons
+from .export import Shape, period_index
+from .polygons import polygons
 from .scenes import Period
-from .store import QUICKLOOK, Store, check_file, open_map
+from .store import QUICKLOOK, Store, check_file, drafted, open_map
 
 if TYPE_CHECKING:
     import geopandas
@@ -297,19 +297,20 @@ def _rows(found: geopandas.GeoDataFrame, paths: list[str]) -> list[dict[str, Any
 def _areas(path: str | Path, periods: list[Period], frame: Frame, limit: float) -> list[dict[str, Any]]:
     """Areas of each period; numbers that are not there as None.
 
-    The observed share is that of what was computed or of the frame, whichever is smaller: a store that grows holds
-    whole super-tiles, also where no scene reaches, and a frame may span places that were never asked for.
+    The observed share is that of what was computed or of the frame (in its plane, which is within 0.2 % of the
+    ellipsoid's), whichever is smaller: a store that grows holds whole super-tiles, also where no scene reaches, and a
+    frame may span places that were never asked for.
     """
     names = ["mapped_area_km2", "area_km2", "area_km2_lower", "area_km2_upper"]
-    west, south, east, north = Transformer.from_crs(frame.crs, 4326, always_xy=True).transform_bounds(*frame.bounds)
-    computed = area_table(path, threshold=limit).set_index("period")
-    framed = area_table(path, bbox=(west, south, east, north), threshold=limit).set_index("period")
+    framed = math.prod(frame.size) / 1e6
+    rows = area_table(path, threshold=limit).set_index("period").to_dict("index")
     out = []
-    for period in map(str, periods):
-        numbers = {n: _number(computed.at[period, n]) for n in names}
-        seen = max(t["observed_fraction"].to_dict()[period] for t in (computed, framed))
-        beyond = bool(computed["extrapolated"].to_dict()[period])
-        out.append({**numbers, "observed_fraction": round(seen, 4), "poor": seen < POOR, "extrapolated": beyond})
+    for row in (rows[str(period)] for period in periods):
+        whole = row["site_area_km2"]
+        seen = min(1.0, row["observed_fraction"] * whole / min(whole, framed))
+        numbers = {name: _number(row[name]) for name in names}
+        told = {"observed_fraction": round(seen, 4), "poor": seen < POOR, "extrapolated": row["extrapolated"]}
+        out.append({**numbers, **told})
     return out
 
 

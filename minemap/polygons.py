@@ -23,15 +23,16 @@ import numpy as np
 import shapely
 from pyproj import Geod, Transformer
 
-from .areas import check_threshold, read_periods, sorted_periods
+from .areas import check_threshold, choose_period, read_periods
 from .errors import InputError
 from .grid import Grid, continuous_lonlat, zone_box
 from .inference import NOT_OBSERVED, mine_from
-from .scenes import Period, parse_period
+from .scenes import Period
 from .store import Store
 
 if TYPE_CHECKING:
     import geopandas
+    import pandas as pd
 
 HECTARES = 100.0  # in a km²
 FIRST_SHARE = 0.1  # of a footprint's pixels, mined by the year that counts as its first
@@ -79,10 +80,10 @@ def polygons(
         "id": np.arange(1, len(area) + 1),
         "area_km2": area,
         "mean_probability": found.percent / np.maximum(found.pixels, 1) / 100,
-        "start": [str(period.start)] * len(area),
-        "end": [str(period.end)] * len(area),
+        "start": _texts(period.start, len(area)),
+        "end": _texts(period.end, len(area)),
         "touches_unobserved": found.open,
-        "model": [about["model"]] * len(area),
+        "model": _texts(about["model"], len(area)),
         "threshold": np.full(len(area), limit),
     }
     if any(p.start.year != years[0] for group in store.groups() for p in store.periods(group)):
@@ -94,16 +95,11 @@ def polygons(
     return geopandas.GeoDataFrame(columns, geometry=within_180(_in_degrees(outline, found.epsg)), crs=4326)
 
 
-def choose_period(store: Store, date: str | None, zone: str | None = None) -> Period:
-    """The period that `date` names, the last one when None, of a zone or of any. Raises InputError, StoreError."""
-    every = sorted_periods(store)
-    periods = every if zone is None else [period for period in every if period in store.periods(zone)]
-    if not periods:
-        raise InputError(f"{store.path} has nothing mapped yet in {zone}")
-    wanted = periods[-1] if date is None else parse_period(date)
-    if wanted not in periods:
-        raise InputError(f"the map has no period {wanted}: it has {', '.join(map(str, periods))}")
-    return wanted
+def _texts(text: object, rows: int) -> pd.api.extensions.ExtensionArray:
+    """A column of one text: of text also where it has no rows."""
+    import pandas as pd
+
+    return pd.array([str(text)] * rows, dtype="string")
 
 
 COLUMNS = {
@@ -118,6 +114,7 @@ COLUMNS = {
     "threshold": ("double", "probability from which a pixel is mine"),
     "outline_km2": ("double", "area of the smoothed outline, km²"),
     "geometry": ("byte_array", "polygon, degrees"),
+    "bbox": ("group", "bounds of the geometry, degrees: xmin, ymin, xmax, ymax"),
 }
 
 

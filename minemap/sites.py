@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import shapely
 
-NAMES = ("site", "name", "id")  # columns of a vector file that may name its sites, the first that is there
+NAMES = ("site", "name", "id")  # columns of a vector file, in any case, that may name its sites: the first there is
 WORLD = (-180.0, -MAX_LATITUDE, 180.0, MAX_LATITUDE)
 
 
@@ -39,10 +40,15 @@ class Site:
         """Which pixels of `grid` are the site's: centre inside, and owned by the grid's zone; bool (y, x)."""
         if self.bbox:
             return grid.inside(self.bbox)
-        area = in_zone(self.area, grid.epsg)
+        area = _in_zone(self, grid.epsg)
         if area.is_empty or not area.intersects(_box(grid)):
             return np.zeros(grid.shape, bool)
         return inside(grid, area) & grid.owned()
+
+
+@lru_cache(maxsize=1024)
+def _in_zone(site: Site, epsg: int) -> shapely.Geometry:
+    return in_zone(site.area, epsg)
 
 
 def _box(grid: Grid) -> shapely.Geometry:
@@ -58,9 +64,9 @@ def _parts(area: shapely.Geometry | None) -> list[shapely.Geometry]:
 def read_sites(path: str | Path, *, buffer: float | None = None) -> list[Site]:
     """The sites of a vector file (any that GDAL reads, or GeoParquet), in order of their first feature.
 
-    Named by the column `site`, `name` or `id` ("unnamed 7" where the seventh has none), or by their row from 1;
-    features of one name are one site. buffer: metres around each feature (on the ellipsoid); points and lines need
-    one. Raises InputError.
+    Named by the column `site`, `name` or `id`, in any case ("unnamed 7" where the seventh has none), or by their row
+    from 1; features of one name are one site. buffer: metres around each feature (on the ellipsoid); points and lines
+    need one. Raises InputError.
     """
     import shapely
 
@@ -82,7 +88,8 @@ def read_sites(path: str | Path, *, buffer: float | None = None) -> list[Site]:
 
 def _names(frame: geopandas.GeoDataFrame) -> np.ndarray:
     """The site of each feature."""
-    column = next((name for name in NAMES if name in frame.columns), None)
+    spelled = {str(column).lower(): column for column in reversed(frame.columns)}
+    column = next((spelled[name] for name in NAMES if name in spelled), None)
     rows = np.arange(1, len(frame) + 1).astype(str)
     names = _text(frame[column]) if column else rows
     return np.where(names == "", np.char.add("unnamed ", rows), names)
@@ -127,6 +134,6 @@ def bounds(sites: Iterable[Site]) -> BBox:
     shifted = boxes.copy()
     shifted[:, [0, 2]] += np.where(boxes[:, [0]] < 0, 360, 0)
     plain, across = ((b[:, 0].min(), b[:, 2].max()) for b in (boxes, shifted))
-    if across[1] > 180 and across[0] < 180 and across[1] - across[0] < plain[1] - plain[0]:
+    if across[1] > 180 > across[0] and across[1] - across[0] < min(plain[1] - plain[0], 180):
         plain = across[0], across[1] - 360
     return check_bbox((plain[0], boxes[:, 1].min(), plain[1], boxes[:, 3].max()))

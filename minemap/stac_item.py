@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pystac
@@ -83,7 +84,7 @@ def describe(
         properties=properties,
         stac_extensions=[*EXTENSIONS, *about.get("extensions", [])],
     )
-    data = pystac.Asset(f"./{out.name}", media_type=TYPES[out.suffix.lower()], roles=["data"])
+    data = pystac.Asset("./" + quote(out.name), media_type=TYPES[out.suffix.lower()], roles=["data"])
     data.extra_fields.update(about.get("asset", {}))
     item.add_asset("data", data)
     item.add_asset("model", _model_asset(attributes))

@@ -428,6 +428,17 @@ def _read_json(path: Path) -> Any:
         return None
 
 
+@contextmanager
+def drafted(out: Path) -> Iterator[Path]:
+    """A name to write to beside `out`, which takes its place when all went well and is gone when not."""
+    draft = out.with_name(f".{out.name}.draft{out.suffix}")
+    try:
+        yield draft
+        draft.replace(out)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
 def check_file(path: Path, role: str = "output") -> None:
     """Raises InputError unless a file of that name can be written."""
     folder = path.absolute().parent

@@ -18,7 +18,7 @@ from minemap import series
 from minemap.annual import draw_chart, parse_years, plan_years
 from minemap.areas import area_table, computed_tiles, first_year, read_periods, sorted_periods
 from minemap.demo import DemoConfig, make_demo
-from minemap.errors import InputError, NoItemsError, StoreError
+from minemap.errors import InputError, NoItemsError, ReadError, StoreError
 from minemap.grid import pixel_area_km2
 from minemap.store import Store, open_map
 
@@ -133,7 +133,9 @@ def test_table_and_chart(mapped):
     assert matplotlib.image.imread(folder / "areas.png").std() > 0.05
     assert not list(folder.glob(".*draft*"))
     rich = frame.assign(area_km2=1.0, area_km2_lower=0.5, area_km2_upper=1.5, extrapolated=frame["year"] > 2020)
-    for some in (rich, frame.assign(mapped_area_km2=np.nan, poorly_observed=True)):  # bounds; nothing seen at all
+    formula = frame.assign(site=r"cost $5 $\q$")  # no formula
+    # bounds; nothing seen at all
+    for some in (rich, formula, frame.assign(mapped_area_km2=np.nan, poorly_observed=True)):
         draw_chart(some, folder / "other.png", Store(folder / "map.zarr"))
         assert matplotlib.image.imread(folder / "other.png").std() > 0.05
 
@@ -194,6 +196,22 @@ def test_a_year_without_scenes_is_not_observed(land, options, tmp_path, model):
     ):
         series(land.bbox, 2016, tmp_path / "none.zarr", **some)
     assert not (tmp_path / "none.zarr").exists()
+
+
+def test_a_year_with_an_unreadable_file_keeps_no_other_from_being_made(land, options, tmp_path, model):
+    catalogue = json.loads(land.items.read_text())
+    for feature in catalogue["features"]:
+        for asset in feature["assets"].values():
+            asset["href"] = str(land.items.parent / asset["href"])
+        if feature["properties"]["datetime"].startswith("2019"):
+            feature["assets"]["red"]["href"] = str(tmp_path / "missing.tif")
+    (tmp_path / "items.json").write_text(json.dumps(catalogue))
+    some = {**options, "model": model, "stac": tmp_path / "items.json"}
+    with pytest.raises(ReadError, match="2019 not mapped whole: 1 of 1 super-tiles can't be read.*missing.tif"):
+        series(land.bbox, [2019, 2020], tmp_path / "map.zarr", **some)
+    store = Store(tmp_path / "map.zarr")
+    done = {str(p)[:4]: len(store.done(group, p)) for group in store.groups() for p in store.periods(group)}
+    assert done == {"2019": 0, "2020": 1}
 
 
 def test_a_dry_run_leaves_out_years_without_scenes(land, options, tmp_path):

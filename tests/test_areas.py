@@ -16,7 +16,7 @@ from minemap.checkpoint import load_model
 from minemap.errors import InputError, StoreError
 from minemap.grid import WINDOW, grids, pixel_area_km2
 from minemap.scenes import parse_period
-from minemap.sites import bounds, read_sites
+from minemap.sites import Site, bounds, read_sites
 from minemap.store import Store
 
 GEOD = Geod(ellps="WGS84")
@@ -75,6 +75,7 @@ def test_areas_are_the_pixels(made):
         assert row.mapped_area_km2 == pytest.approx(area[mine].sum(), rel=1e-12)
         assert row.observed_fraction == pytest.approx(area[seen].sum() / area[asked].sum(), rel=1e-12)
         assert row.poorly_observed == (row.observed_fraction < POOR)
+        assert row.site_area_km2 == pytest.approx(area[asked].sum(), rel=1e-12)
     assert table["poorly_observed"].tolist() == [False, True, False]
     assert geodesic_km2(box(*BOX).segmentize(0.001)) == pytest.approx(area[asked].sum(), rel=2e-3)
 
@@ -180,6 +181,40 @@ def test_a_bow_tie_is_an_area(tmp_path):
     geopandas.GeoDataFrame(geometry=[flat], crs=4326).to_file(tmp_path / "flat.gpkg")
     with pytest.raises(InputError, match="holds points or lines"):
         read_sites(tmp_path / "flat.gpkg")
+
+
+def test_a_spike_adds_no_pixels(made, tmp_path):
+    """Made valid it is a line, and GDAL would count every pixel that a line touches."""
+    west, south, east, north = BOX
+    middle = (south + north) / 2
+    spiked = Polygon([(west, south), (east, south), (east, middle), (west, middle), (west, north), (west, middle)])
+    shapes = [spiked, box(west, south, east, middle)]
+    geopandas.GeoDataFrame({"name": ["spiked", "plain"]}, geometry=shapes, crs=4326).to_file(tmp_path / "s.gpkg")
+    spiked, plain = area_table(made, sites=tmp_path / "s.gpkg", years=[2020])["site_area_km2"]
+    assert spiked == plain > 5
+
+
+@pytest.mark.parametrize("crs", [32760, 3832])  # UTM 60 S; Mercator around the Pacific
+def test_projected_sites_across_the_antimeridian(tmp_path, crs):
+    across = geopandas.GeoSeries([box(179.95, -17.02, 180.04, -17.0).segmentize(0.01)], crs=4326)
+    world = geopandas.GeoSeries([box(-180, -80, 180, 80)], crs=4326)
+    across.to_crs(crs).to_file(tmp_path / "s.gpkg")
+    world.to_crs(3857).to_file(tmp_path / "world.gpkg")
+    assert bounds(read_sites(tmp_path / "s.gpkg")) == pytest.approx((179.95, -17.02, -179.96, -17.0), abs=1e-5)
+    assert bounds(read_sites(tmp_path / "world.gpkg")) == pytest.approx((-180, -80, 180, 80))
+
+
+def test_sites_all_over_the_world(tmp_path):
+    shapes = [Point(lon, 5).buffer(0.01) for lon in (-150, -60, 20, 150)]
+    geopandas.GeoDataFrame({"NAME": list("abcd")}, geometry=shapes, crs=4326).to_file(tmp_path / "s.gpkg")
+    found = read_sites(tmp_path / "s.gpkg")
+    assert [site.name for site in found] == list("abcd")  # a column in capitals, as in shapefiles
+    assert bounds(found) == pytest.approx((-150.01, 4.99, 150.01, 5.01))
+
+
+def test_two_sites_of_one_name(made):
+    with pytest.raises(InputError, match="two sites are named a: unite them"):
+        area_table(made, sites=[Site("a", bbox=BOX), Site("a", bbox=EDGE)])
 
 
 def test_places_that_are_none(tmp_path):

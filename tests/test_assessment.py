@@ -231,6 +231,10 @@ def test_labels_are_not_drawn_over(made, tmp_path):
     assert Path(table).read_text() == before
     sample(made, tmp_path / "free.geojson", n=60)
     assert sample(made, tmp_path / "free.geojson", n=90)["n"] == 90  # nobody has labelled it
+    other = tmp_path / "other.geojson"
+    other.write_text('{"type": "FeatureCollection", "features": []}')
+    with pytest.raises(InputError, match=r"other\.geojson exists and holds no points of minemap sample"):
+        sample(made, other, n=60)
 
 
 def test_what_cannot_be_assessed(made, tmp_path, model):

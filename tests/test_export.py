@@ -6,10 +6,11 @@ import json
 import re
 import shutil
 import warnings
+from urllib.parse import unquote, urlsplit
 
 import geopandas
 import numpy as np
-import pyarrow.parquet
+import pyarrow.parquet as pq
 import pystac
 import pytest
 import rasterio
@@ -83,7 +84,7 @@ def test_geojson_is_rfc_7946(made, tmp_path):
 
 
 def test_geoparquet_says_where_its_rows_are(made, tmp_path):
-    file = pyarrow.parquet.ParquetFile(export(made, tmp_path / "m.parquet"))
+    file = pq.ParquetFile(export(made, tmp_path / "m.parquet"))
     geo = json.loads(file.metadata.metadata[b"geo"])
     assert geo["version"] == "1.1.0" and geo["primary_column"] == "geometry"
     column = geo["columns"]["geometry"]
@@ -110,6 +111,10 @@ def test_no_polygon_is_an_empty_file(made, ending, tmp_path):
     out = export(made, tmp_path / f"none.{ending}", threshold=0.99)
     found = geopandas.read_parquet(out) if ending == "parquet" else geopandas.read_file(out)
     assert len(found) == 0 and found.crs.to_epsg() == 4326
+    if ending == "parquet":
+        full = pq.read_schema(export(made, tmp_path / "some.parquet"))
+        assert pq.read_schema(out).types == full.types
+        assert [c.name for c in TableExtension.ext(read_item(out)).columns] == full.names
 
 
 def read_item(out):
@@ -136,6 +141,12 @@ def test_a_stac_item_lies_beside_polygons(made, tmp_path):
     west, south, east, north = item.bbox
     assert west < -66.02 and east > -65.98 and south < 6.24 and north > 6.26
     assert item.properties["minemap:threshold"] == 0.5
+
+
+def test_an_item_finds_a_file_of_any_name(made, tmp_path):
+    out = export(made, tmp_path / "a #1 %20é.geojson")
+    href = read_item(out).assets["data"].href
+    assert unquote(urlsplit(href).path) == f"./{out.name}"
 
 
 def test_a_stac_item_lies_beside_a_cog(made, tmp_path):

@@ -163,6 +163,17 @@ def test_a_zone_with_nothing_done_is_left_out(tmp_path):
     assert row["mapped_area_km2"] == pytest.approx(float(area_table(path)["mapped_area_km2"].iloc[0]), abs=1e-5)
 
 
+@pytest.mark.parametrize("far", [(9.0, 47.0, 9.01, 47.01), (-65.99, 83.98, -65.9, 84.0)])
+def test_the_share_seen_is_of_what_was_mapped_however_far_apart(far, tmp_path):
+    """The frame around two distant places, or around one where maps end, is not counted pixel by pixel."""
+    drawn = {}
+    for place in ((-66.02, 6.24, -66.01, 6.25), far):
+        for grid in grids(place, 512):
+            drawn[grid] = {"2023": np.where(grid.owned(), 90, 255).astype(np.uint8)}
+    (row,) = data_of(export_page(painted(tmp_path / "map.zarr", drawn), tmp_path / "map.html"))["areas"]
+    assert row["observed_fraction"] == pytest.approx(1, abs=2e-3) and not row["poor"]
+
+
 def test_an_estimate_has_whiskers(opened, tmp_path):
     """A model whose errors were measured gives an estimated area with bounds."""
     grid = Grid(32620, 25 * float(CELL), 34 * float(CELL), 512, 512)
