@@ -808,10 +808,22 @@ def load_aoi(path: str | Path) -> shapely.Geometry:
 def read_polygons(path: str | Path, role: str, layer: str | None = None) -> geopandas.GeoSeries:
     """The valid polygons of a vector file in degrees, one a feature. Raises InputError, which names `role`."""
     polygons = read_shapes(path, role, layer).geometry
+    polygons = polygons[polygons.geom_type.isin(["Polygon", "MultiPolygon"])].make_valid()
+    mixed = polygons.geom_type == "GeometryCollection"
+    polygons[mixed] = polygons[mixed].map(polygonal)
     polygons = polygons[polygons.geom_type.isin(["Polygon", "MultiPolygon"])]
-    if polygons.empty:
+    if polygons.is_empty.all():
         raise InputError(f"{role} {path} holds no polygons")
-    return polygons.make_valid()
+    return polygons
+
+
+def polygonal(shape: shapely.Geometry) -> shapely.Geometry:
+    """The polygons of a shape. Lines, which a spike becomes when it is made valid, have no area, but every pixel that
+    they touch would count."""
+    import shapely
+
+    parts = shapely.get_parts(shapely.get_parts(shape))  # of the parts of a collection
+    return shapely.union_all([part for part in parts if part.geom_type == "Polygon"])
 
 
 def read_shapes(path: str | Path, role: str, layer: str | None = None) -> geopandas.GeoDataFrame:
@@ -862,8 +874,7 @@ def aoi_hash(path: str | Path | None) -> str | None:
 def in_zone(area: shapely.Geometry, epsg: int) -> shapely.Geometry:
     """The part of an area (degrees) in and around a zone, in the zone's metres; may be empty.
 
-    Clipped in degrees first: far from its zone a projection folds, and at the antimeridian the area goes on. Lines,
-    which spikes become when they are made valid, have no area and are left out: every pixel they touch would count.
+    Clipped in degrees first: far from its zone a projection folds, and at the antimeridian the area goes on.
     """
     import geopandas
     import shapely
@@ -872,8 +883,7 @@ def in_zone(area: shapely.Geometry, epsg: int) -> shapely.Geometry:
     west = (epsg % 100) * 6 - 186
     around = shapely.box(west - 1, -90, west + 7, 90)
     parts = shapely.union_all([translate(area, dx).intersection(around) for dx in (-360, 0, 360)])
-    whole = shapely.union_all([p for p in shapely.get_parts(parts) if p.geom_type in ("Polygon", "MultiPolygon")])
-    return geopandas.GeoSeries([shapely.segmentize(whole, 0.01)], crs=4326).to_crs(epsg).iloc[0]
+    return geopandas.GeoSeries([shapely.segmentize(polygonal(parts), 0.01)], crs=4326).to_crs(epsg).iloc[0]
 
 
 def inside_aoi(grid: Grid, path: Path) -> np.ndarray:

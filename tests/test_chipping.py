@@ -232,6 +232,18 @@ def _foreign(folder):
     return folder / "foreign.zarr"
 
 
+def test_outlines_with_a_spike_keep_their_ground(tmp_path):
+    """Made valid, a bow tie with a spike is a collection of a multipolygon and a line."""
+    tie = shapely.Polygon([(0, 5), (0.02, 5.02), (0.02, 5.05), (0.02, 5.02), (0.02, 5), (0, 5.02)])
+    flat = shapely.Polygon([(1, 5), (1.02, 5.02), (1.01, 5.01)])
+    geopandas.GeoDataFrame(geometry=[tie, flat], crs=4326).to_file(tmp_path / "p.gpkg")
+    parts = read_ground(tmp_path / "p.gpkg", None, 0).polygons
+    assert len(parts) == 2 and sum(part.area for part in parts) == pytest.approx(2e-4)
+    geopandas.GeoDataFrame(geometry=[flat], crs=4326).to_file(tmp_path / "flat.gpkg")
+    with pytest.raises(InputError, match="holds no polygons"):
+        read_ground(tmp_path / "flat.gpkg", None, 0)
+
+
 def test_polygons_without_a_crs_are_refused(land, tmp_path):
     _, items, polygons, _ = land
     bare = geopandas.read_file(polygons).set_crs(None, allow_override=True)
