@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
+from itertools import pairwise
 from typing import Any
 
 import dask.array as da
@@ -106,8 +107,9 @@ def composite_layers(
 ) -> tuple[np.ndarray, np.ndarray]:
     """`composite` for a whole tile in bounded memory, whatever the number of looks: eager, for `load_layers`.
 
-    Returns float32 (band, y, x), NaN unseen, and uint8 (y, x) counts. Works strip by strip and within a strip band
-    by band. load: computes a lazy array.
+    Returns float32 (band, y, x), NaN unseen, and uint8 (y, x) counts. Works strip by strip (rows of dask chunks:
+    anything less would read whole chunks again for each strip) and within a strip band by band. load: computes a
+    lazy array.
     """
     dn, scl = layers["dn"].data, layers["scl"].data
     looks = _looks(layers["acquisition"].values)
@@ -115,7 +117,8 @@ def composite_layers(
     image = np.full((bands, height, width), np.nan, np.float32)
     count = np.zeros((height, width), np.uint8)
     present = _present(layers["dn"])
-    for rows in _strips(n, height, width) if n else ():
+    ends = np.cumsum(dn.chunks[2]).tolist() if n else []
+    for rows in (slice(start, end) for start, end in pairwise([0, *ends])):
         read_band = partial(_load_band, load, dn[:, :, rows])
         _, count[rows] = composite_looks(read_band, present, load(scl[:, rows]), looks, rule, out=image[:, rows])
     return image, count
@@ -131,11 +134,11 @@ def _load_band(load: Callable[[Any], np.ndarray], dn: Any, band: int) -> np.ndar
     return load(dn[:, band])
 
 
-def _strips(n: int, height: int, width: int) -> Iterator[slice]:
-    pieces = max(1, -(-n * height * width * 3 // STRIP_BYTES))  # DN and SCL: 3 bytes a pixel and look
-    rows = -(-height // pieces)
-    for start in range(0, height, rows):
-        yield slice(start, min(start + rows, height))
+def strip_rows(layers: int, shape: tuple[int, int]) -> int:
+    """Rows of a tile (y, x) whose looks take no more than STRIP_BYTES: of the chunks for `composite_layers`."""
+    height, width = shape
+    pieces = max(1, -(-layers * height * width * 3 // STRIP_BYTES))  # DN and SCL: 3 bytes a pixel and look
+    return -(-height // pieces)
 
 
 def composite_looks(

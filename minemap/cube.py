@@ -49,7 +49,9 @@ def load_cube(
     (DN + offset) x scale per item, at least 0.0001, as `sensors.scaling` decides.
     reader: "stackstac" or "odc". chunk: dask chunk side in pixels.
     """
-    layers = load_layers(items, grid, bands=bands, reader=reader, chunk=chunk, access=access, scalings=scalings)
+    layers = load_layers(
+        items, grid, bands=bands, reader=reader, chunks=(chunk, chunk), access=access, scalings=scalings
+    )
     dn = layers["dn"]
     cube = xr.where(dn == NODATA, np.float32(np.nan), dn.astype(np.float32) * np.float32(SCALE))
     cube = cube.transpose("time", "band", "y", "x").assign_coords(scl=layers["scl"])
@@ -63,7 +65,7 @@ def load_layers(
     *,
     bands: tuple[str, ...] = BANDS,
     reader: str = "stackstac",
-    chunk: int = CHUNK,
+    chunks: tuple[int, int] = (CHUNK, CHUNK),
     access: Access | None = None,
     scalings: dict[str, Scaling] | None = None,
     warn: bool = True,
@@ -71,13 +73,14 @@ def load_layers(
     """What `load_cube` shows as reflectance, before it becomes float: `dn` and `scl`, both lazy.
 
     dn: uint16 (time, band, y, x), reflectance x 10,000 with the offset applied, at least 1; 0 = nothing seen.
-    scl: uint8 (time, y, x). A band that no item has is 0 throughout. warn: of items whose clouds are not masked.
+    scl: uint8 (time, y, x). A band that no item has is 0 throughout. chunks: rows and columns of a dask chunk.
+    warn: of items whose clouds are not masked.
     """
     if reader not in READERS:
         raise InputError(f"unknown reader {reader!r}: give one of {', '.join(READERS)}")
     items, sensor = _in_order(items), one_sensor(items)
     plain = [_plain(item) for item in items]
-    load = partial(_stack, grid=grid, reader=reader, chunk=chunk, access=access or Access())
+    load = partial(_stack, grid=grid, reader=reader, chunks=chunks, access=access or Access())
     raw = load(plain, bands=bands, resampling="bilinear", dtype=np.dtype("uint16"))
     kept = {str(name): i for i, name in enumerate(raw["id"].values)}
     chosen = [item for item in items if item["id"] in kept]
@@ -124,17 +127,17 @@ def _stack(
     resampling: str,
     dtype: np.dtype,
     reader: str,
-    chunk: int,
+    chunks: tuple[int, int],
     access: Access,
 ) -> xr.DataArray:
     """Stored values, lazy (time, band, y, x), without the items that miss the grid; 0 where there is nothing."""
     with_any = [item for item in items if any(band in item["assets"] for band in bands)]
     if not with_any:
-        return _empty(grid, bands, dtype, chunk)
+        return _empty(grid, bands, dtype, chunks)
     backend = _stackstac if reader == "stackstac" else _odc
-    found = backend(with_any, grid, bands, resampling, dtype, chunk, access)
+    found = backend(with_any, grid, bands, resampling, dtype, chunks, access)
     if not found.sizes["time"]:
-        return _empty(grid, bands, dtype, chunk)
+        return _empty(grid, bands, dtype, chunks)
     return found.reindex(band=list(bands), fill_value=dtype.type(NODATA)).assign_coords(y=grid.y, x=grid.x)
 
 
@@ -144,7 +147,7 @@ def _stackstac(
     bands: tuple[str, ...],
     resampling: str,
     dtype: np.dtype,
-    chunk: int,
+    chunks: tuple[int, int],
     access: Access,
 ) -> xr.DataArray:
     import stackstac
@@ -157,7 +160,7 @@ def _stackstac(
         bounds=grid.bounds,
         snap_bounds=False,
         resampling=Resampling[resampling],
-        chunksize=(1, 1, chunk, chunk),
+        chunksize=(1, 1, *chunks),
         dtype=dtype,
         fill_value=dtype.type(NODATA),
         rescale=False,
@@ -177,7 +180,7 @@ def _odc(
     bands: tuple[str, ...],
     resampling: str,
     dtype: np.dtype,
-    chunk: int,
+    chunks: tuple[int, int],
     access: Access,
 ) -> xr.DataArray:
     import odc.stac
@@ -189,7 +192,7 @@ def _odc(
     bounds, step = grid.bounds, grid.resolution
     *_, items = prepare_items(items, list(bands), grid.epsg, step, bounds, snap_bounds=False, rescale=False)
     if not items:
-        return _empty(grid, bands, dtype, chunk)
+        return _empty(grid, bands, dtype, chunks)
     # odc-stac opens whatever GDAL can, a VRT that names other files among it
     hrefs = {item["assets"][band]["href"] for item in items for band in bands if band in item["assets"]}
     with ThreadPoolExecutor(OPENED_AT_ONCE) as pool:
@@ -206,7 +209,7 @@ def _odc(
         resampling=resampling,
         dtype=str(dtype),
         nodata=NODATA,
-        chunks={"y": chunk, "x": chunk},
+        chunks={"y": chunks[0], "x": chunks[1]},
         preserve_original_order=True,
     )
     stacked = loaded.to_dataarray("band").transpose("time", "band", "y", "x")
@@ -218,8 +221,8 @@ def _named(stacked: xr.DataArray, ids: list[str], times: np.ndarray) -> xr.DataA
     return bare.assign_coords(time=times.astype("datetime64[ns]"), id=("time", np.array(ids, dtype=str)))
 
 
-def _empty(grid: Grid, bands: tuple[str, ...], dtype: np.dtype, chunk: int) -> xr.DataArray:
-    data = da.zeros((0, len(bands), *grid.shape), dtype=dtype, chunks=(1, 1, chunk, chunk))
+def _empty(grid: Grid, bands: tuple[str, ...], dtype: np.dtype, chunks: tuple[int, int]) -> xr.DataArray:
+    data = da.zeros((0, len(bands), *grid.shape), dtype=dtype, chunks=(1, 1, *chunks))
     none = np.array([], dtype=str)
     coords = {
         "time": np.array([], "datetime64[ns]"),

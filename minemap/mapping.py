@@ -24,7 +24,7 @@ from rasterio.errors import RasterioError
 from . import __version__
 from .checkpoint import Checkpoint, load_model
 from .cluster import TASK_THREADS, check_workers, connect, gpu_share, worker_count
-from .compositing import Rule, composite_layers
+from .compositing import Rule, composite_layers, strip_rows
 from .cube import READERS, load_layers
 from .errors import ClusterError, DamagedTileError, InputError, NoItemsError, ReadError, StoreError
 from .grid import CHUNK, CHUNKS, WINDOW, BBox, Grid, cell_side, check_bbox, grids, pixel_area_km2, wanted_windows
@@ -705,7 +705,7 @@ def read_image(inner: Grid, halo: int, how: Reading) -> tuple[np.ndarray, np.nda
             seen,
             bands=how.bands,
             reader=how.reader,
-            chunk=seen.height + seen.width,
+            chunks=(strip_rows(len(items), seen.shape), seen.width),
             access=how.access,
             scalings=dict(decided),
             warn=False,  # said once, when the scenes were chosen

@@ -20,7 +20,7 @@ from pyproj import Transformer
 from shapely.geometry import box
 
 import minemap
-from minemap import load_cube, map_area, mapping, open_map
+from minemap import compositing, load_cube, map_area, mapping, open_map, reader
 from minemap.checkpoint import DEFAULT_MODEL, available, load_model
 from minemap.cluster import ClusterError
 from minemap.compositing import Rule, composite
@@ -264,6 +264,26 @@ def own_catalogue(scene, folder):
     path = folder / "items.json"
     path.write_text(json.dumps(catalogue))
     return path
+
+
+def test_strips_read_each_pixel_once_and_change_none(inner, options, tmp_path, monkeypatch):
+    """Many looks are put together strip by strip: what a strip reads is the strip."""
+    read, heights = reader.read_asset, []
+
+    def watched(href, **where):
+        heights.append(where["window"].height)
+        return read(href, **where)
+
+    monkeypatch.setattr(reader, "read_asset", watched)
+    maps, sums = [], []
+    for name, strip in (("whole", compositing.STRIP_BYTES), ("strips", 2**20)):
+        monkeypatch.setattr(compositing, "STRIP_BYTES", strip)
+        map_area(inner, "2023", tmp_path / f"{name}.zarr", **options)
+        maps.append(stored(tmp_path / f"{name}.zarr").values)
+        sums.append(sum(heights))
+        heights.clear()
+    np.testing.assert_array_equal(*maps)
+    assert 0 < sums[1] <= sums[0]  # less where an asset ends above a strip
 
 
 def test_an_unreadable_asset_costs_its_super_tiles_only(inner, options, scene, tmp_path):
