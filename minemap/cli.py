@@ -24,6 +24,9 @@ GO_ON = ("map", "series", "change", "chips", "train")  # commands that take up w
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started us
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
     words = _split_bbox(sys.argv[1:] if argv is None else argv)
     arguments = parser().parse_args(words)
     warnings.showwarning = _one_line  # type: ignore[assignment]

@@ -51,7 +51,7 @@ class Rule:
             raise InputError(f"min_clear is {self.min_clear}: at least one clear look is needed")
 
     def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "masked": list(self.masked)}
+        return {**asdict(self), "masked": sorted(set(self.masked))}
 
 
 def composite(cube: xr.DataArray, rule: Rule | None = None) -> xr.DataArray:
@@ -59,7 +59,8 @@ def composite(cube: xr.DataArray, rule: Rule | None = None) -> xr.DataArray:
 
     cube: reflectance (time, band, y, x) with coordinate `scl` (time, y, x), and `acquisition` (time) where several
     layers are one look. The result has the coordinate `observations` (y, x), uint8: clear looks, saturating at
-    255. Same pixels as in a map.
+    255. Same pixels as in a map (but for items that a map
+    found to contradict their offset: see `load_cube`).
     """
     rule = rule or Rule()
     if not cube.sizes["time"]:

@@ -46,7 +46,8 @@ def load_cube(
     `acquisition`, `scl` (time, y, x; lazy, uint8 classes, 0 = no data), x and y pixel centres in metres (y
     descending), `spatial_ref`. What lies on another lattice is resampled bilinearly, SCL
     (or Landsat's QA_PIXEL as SCL classes) by nearest neighbour. Reflectance is
-    (DN + offset) x scale per item, at least 0.0001, as `sensors.scaling` decides.
+    (DN + offset) x scale per item, at least 0.0001, as `sensors.scaling` decides from what the item says (a map looks
+    at the pixels too: where they contradict it, give `scalings`, by id).
     reader: "stackstac" or "odc". chunk: dask chunk side in pixels.
     """
     layers = load_layers(

@@ -6,6 +6,8 @@ and exits with the class's `status`.
 
 from __future__ import annotations
 
+import re
+
 
 class MinemapError(Exception):
     """Base of all errors that a user can do something about."""
@@ -49,3 +51,11 @@ class ClusterError(MinemapError):
 
 class TooLittleMemoryError(MinemapError):
     """Not even one window at a time fits into the memory of a worker or a GPU."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error of a library says, in few words where nobody answered."""
+    lines = str(error).strip().splitlines()
+    text = lines[0] if lines else type(error).__name__
+    refused = re.search(r"(Connection refused|Name or service not known|timed out|No route to host)", str(error))
+    return refused[1] if refused else text[:200]

@@ -26,7 +26,7 @@ from .checkpoint import Checkpoint, load_model
 from .cluster import TASK_THREADS, check_workers, connect, gpu_share, worker_count
 from .compositing import Rule, composite_layers, strip_rows
 from .cube import READERS, load_layers
-from .errors import ClusterError, DamagedTileError, InputError, NoItemsError, ReadError, StoreError
+from .errors import ClusterError, DamagedTileError, InputError, NoItemsError, ReadError, StoreError, first_line
 from .grid import CHUNK, CHUNKS, WINDOW, BBox, Grid, cell_side, check_bbox, grids, pixel_area_km2, wanted_windows
 from .inference import (
     NOT_OBSERVED,
@@ -350,7 +350,8 @@ def _with_scenes(made: Plan, store: Store | None) -> Plan:
             empty.append(error)
             items = []
         scenes = Scenes(items, o.max_scenes)
-        kept = store if not items and o.refresh else None  # what a catalogue has lost for now stays mapped
+        # What a catalogue has lost for now stays mapped, unless all is to be made anew
+        kept = store if not items and o.refresh and not o.overwrite else None
         for tile in zone:
             if kept and kept.read_cell(tile.group, tile.cell, made.period):
                 continue
@@ -367,6 +368,11 @@ def _with_scenes(made: Plan, store: Store | None) -> Plan:
     if 0 < most < o.min_clear:
         few = f"no place has more than {most} of the {o.min_clear} acquisitions that a pixel needs (--min-clear)"
         warnings.warn(f"{few}: nothing will be observed; give a longer period, or a smaller number", stacklevel=2)
+    for band in made.checkpoint.recipe.bands:
+        lack = sum(asset_key(item, band) is None for item in planned.items)
+        if 0 < lack < len(planned.items):
+            told = f"{lack} of {len(planned.items)} items have no {band}: a pixel counts its looks in every band"
+            warnings.warn(f"{told}; --exclude ID leaves an item out", stacklevel=2)
     blind = sum(asset_key(item, SCL) is None for item in planned.items)
     if blind:
         told = f"{blind} of {len(planned.items)} items have no {made.sensor.quality}: their clouds are not masked"
@@ -620,6 +626,7 @@ def make_tile(work: Work, job: Job) -> dict[str, float]:
     scenes = job.store.scenes_of(work.tile.group, work.tile.cell, job.period)
     if record is not None and _done(record, work, scenes):
         with suppress(DamagedTileError):  # made again
+            _check_layers(work.tile, record, index, job)
             answer = job.store.read_tile(work.inner, index, "probability")
             return {**count(answer, work.inner, job), "computed": 0.0}
     if record is not None:  # a shard is written whole: what an earlier box had of it is made again with ours
@@ -682,6 +689,17 @@ def _done(record: dict[str, Any], work: Work, scenes: str) -> bool:
     return holds and record.get("scenes") == scenes
 
 
+def _check_layers(tile: Grid, record: dict[str, Any], index: int, job: Job) -> None:
+    """Raises DamagedTileError unless a finished super-tile has all its layers: a lost shard reads as nothing seen."""
+    made = Work(tile, tuple(record["windows"])).inner
+    seen = job.store.read_tile(made, index, "probability") != NOT_OBSERVED
+    others = ["observations", "quicklook", *(["composite"] if job.keep_composite else [])]
+    layers = {name: job.store.read_tile(made, index, name) for name in others}
+    lost = [name for name, layer in layers.items() if seen.any() and not layer.any()]
+    if lost or seen.sum() != record["observed_px"]:
+        raise DamagedTileError(f"{', '.join(lost) or 'probability'} of a super-tile is not what its record says")
+
+
 def _union(one: list[int], other: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
     return min(one[0], other[0]), max(one[1], other[1]), min(one[2], other[2]), max(one[3], other[3])
 
@@ -733,7 +751,7 @@ def _loaded(lazy: da.Array, pool: ThreadPoolExecutor) -> np.ndarray:
     try:
         da.store(lazy, out, lock=False, scheduler="threads", pool=pool)
     except RasterioError as error:  # odc-stac's; our own reader raises ReadError
-        raise ReadError(f"an asset can't be read: {str(error).splitlines()[0]}") from error
+        raise ReadError(f"an asset can't be read: {first_line(error)}") from error
     return out
 
 

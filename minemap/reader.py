@@ -11,6 +11,7 @@ another CRS). Here the transformer is exact and the kernel's scale depends on th
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from rasterio.vrt import WarpedVRT
 from rasterio.warp import transform_bounds
 from rasterio.windows import Window
 
-from .errors import ReadError
+from .errors import ReadError, first_line
 from .sentinel2 import NODATA
 
 DRIVERS = ["GTiff", "JP2OpenJPEG"]  # a VRT can make GDAL open anything else, so none but these
@@ -41,12 +42,13 @@ PAUSE = 0.25  # seconds before the second attempt, doubled each time
 TOLERANCE = 1e-12  # pixels; 0 crashes GDAL
 ALLOW_VARIABLE = "MINEMAP_ALLOW_HOSTS"
 KNOWN_HOSTS = (".amazonaws.com", ".blob.core.windows.net", ".copernicus.eu", ".usgs.gov")
-
+# Hosts that send nobody elsewhere
+STORAGE = re.compile(r"(^|\.)s3[.-][a-z0-9.-]*amazonaws\.com$|\.blob\.core\.windows\.net$")
 SIGNED_HOSTS = ".blob.core.windows.net"  # the Planetary Computer's
 
 GDAL_OPTIONS: dict[str, Any] = {
     "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",
-    "GDAL_HTTP_MAX_RETRY": 8,
+    "GDAL_HTTP_MAX_RETRY": 3,  # in each of our own attempts; with 8 a host that is away took 12 minutes an asset
     "GDAL_HTTP_RETRY_DELAY": 0.25,
     "GDAL_HTTP_RETRY_CODES": "408,429,500,502,503,504",
     "GDAL_HTTP_CONNECTTIMEOUT": 10,
@@ -76,7 +78,8 @@ class Access:
         """For the items of a `scenes.Source`."""
         if source.is_file:
             return Access(sign=True)
-        extra = tuple(filter(None, os.environ.get(ALLOW_VARIABLE, "").split(",")))
+        named = (host.strip().lower() for host in os.environ.get(ALLOW_VARIABLE, "").split(","))
+        extra = tuple(filter(None, named))
         return Access(False, (urlsplit(source.url).hostname or "", *KNOWN_HOSTS, *extra), source.signed)
 
     def check(self, href: str) -> None:
@@ -163,13 +166,13 @@ def _attempted(href: str, access: Access, read: Callable[[Any], np.ndarray]) -> 
             _followed.cache_clear()  # where a redirect led may be an address for a while only
             if access.sign and address != href:
                 _forget_tokens()
-    raise ReadError(f"asset {href!r} can't be read: {str(problem).splitlines()[0]}") from problem
+    raise ReadError(f"asset {href!r} can't be read: {first_line(problem)}") from problem
 
 
 def address_of(href: str, access: Access) -> str:
     """What to open for an href that `Access.check` has let through: signed, and where redirects lead."""
     scheme, host = urlsplit(href).scheme, urlsplit(href).hostname or ""
-    trusted = access.hosts is None or host.endswith(KNOWN_HOSTS)  # large providers send nobody elsewhere
+    trusted = access.hosts is None or STORAGE.search(host) is not None
     return _followed(href, access) if scheme in ("http", "https") and not trusted else signed(href, access)
 
 
@@ -207,8 +210,9 @@ def signed(href: str, access: Access) -> str:
     except (OSError, ValueError) as error:  # requests' and pydantic's
         if access.local:  # an item file's container may be open to all
             return href
-        reason = str(error).strip().splitlines()[0]
-        raise ReadError(f"asset {href!r}: the Planetary Computer gave no token for it: {reason[:200]}") from error
+        raise ReadError(
+            f"asset {href!r}: the Planetary Computer gave no token for it: {first_line(error)}"
+        ) from error
 
 
 def _forget_tokens() -> None:
@@ -325,6 +329,10 @@ class ExactReader:
             resampling=self.resampling,
             access=self.access,
         )
+        if data.dtype.kind not in "ui":
+            raise ReadError(f"asset {self.url!r} holds {data.dtype}: integers are expected, reflectance times 10,000")
+        if data.dtype.kind == "i":  # negative reflectance is dark, and must neither wrap round nor become nodata
+            data = np.where(data < 0, 1, data)
         return data.astype(self.dtype, copy=False)
 
     def close(self) -> None:

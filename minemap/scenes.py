@@ -20,7 +20,7 @@ import numpy as np
 import shapely
 from shapely.geometry import box, shape
 
-from .errors import CatalogueError, InputError, NoItemsError
+from .errors import CatalogueError, InputError, NoItemsError, first_line
 from .grid import BBox, Grid, cell_grid, continuous_lonlat
 from .sensors import Sensor, asset_key, one_sensor, scaling, sensor_named, sensor_of
 from .sentinel2 import BANDS, RESOLUTION, SCL, Item, baseline
@@ -120,6 +120,8 @@ def source(name: str | Path = "earth-search", collection: str | None = None) -> 
     name = str(name)
     if name in SOURCES:
         other = os.environ.get(PLANETARY_COMPUTER) if name == "planetary-computer" else None
+        if other and not other.startswith(("http://", "https://")):
+            raise InputError(f"{PLANETARY_COMPUTER} is {other!r}: give the URL of a STAC API, or unset it")
         return Source(name, other or SOURCES[name], collection or COLLECTION)
     if name.startswith(("http://", "https://")):
         try:
@@ -173,7 +175,8 @@ def search(
     tally = Tally()
     items = list({item["id"]: item for item in _fetch(where, bbox, when)}.values())
     tally.found = len(items)
-    items = tally.keep(items, (item["id"] not in exclude for item in items), "--exclude")
+    left_out = {exclude} if isinstance(exclude, str) else set(exclude)
+    items = tally.keep(items, (item["id"] not in left_out for item in items), "--exclude")
     of_year = parse_months(months) if isinstance(months, str) else months
     items = _filter(items, tally, when=when, max_cloud=max_cloud, months=of_year)
     if not items:
@@ -237,12 +240,12 @@ def _from_api(where: Source, bbox: BBox, period: Period) -> Iterator[Item]:
             yield _clean(item, base=_self_link(item))
     except (APIError, RequestException) as error:
         raise CatalogueError(
-            f"STAC source {where.url}: {_first_line(error)}; check the address, or try later"
+            f"STAC source {where.url}: {first_line(error)}; check the address, or try later"
         ) from error
     except (
         KeyError, TypeError, ValueError, NotImplementedError, AttributeError, STACTypeError, ClientTypeError
     ) as error:  # fmt: skip
-        raise CatalogueError(f"{where.url} does not answer as a STAC API: {_first_line(error)}") from error
+        raise CatalogueError(f"{where.url} does not answer as a STAC API: {first_line(error)}") from error
 
 
 def sensor_at(where: Source) -> Sensor:
@@ -266,16 +269,9 @@ def _read_file(where: Source) -> list[tuple[Item, shapely.Geometry]]:
         wanted = [i for i in items if not where.collection or i.get("collection") == where.collection]
         return [(item, _area(item)) for item in wanted]
     except (ValueError, KeyError, TypeError, AttributeError, shapely.errors.ShapelyError) as error:
-        raise CatalogueError(f"item file {where.name} is not a STAC ItemCollection: {_first_line(error)}") from error
+        raise CatalogueError(f"item file {where.name} is not a STAC ItemCollection: {first_line(error)}") from error
     except OSError as error:
         raise CatalogueError(f"item file {where.name} can't be read: {error.strerror}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    text = lines[0] if lines else type(error).__name__
-    refused = re.search(r"(Connection refused|Name or service not known|timed out|No route to host)", str(error))
-    return refused[1] if refused else text[:200]
 
 
 def _self_link(item: Item) -> str:
@@ -298,7 +294,7 @@ def _clean(item: Item, *, base: str | Path) -> Item:
     try:  # what is asked of an item later on
         cloud(cleaned), scaling(cleaned), [urlsplit(asset["href"]) for asset in assets.values()]
     except (ValueError, TypeError, ZeroDivisionError) as error:
-        raise ValueError(f"item {item['id']}: {_first_line(error)}") from error
+        raise ValueError(f"item {item['id']}: {first_line(error)}") from error
     return cleaned
 
 

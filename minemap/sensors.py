@@ -39,7 +39,7 @@ class Sensor:
     def uses(self, item: Item) -> bool:
         """Whether the item's platform is one of ours, or unknown."""
         platform = item["properties"].get("platform")
-        return not self.platforms or platform is None or str(platform).lower() in self.platforms
+        return not self.platforms or platform is None or str(platform).lower().replace("_", "-") in self.platforms
 
 
 SENTINEL2 = Sensor(

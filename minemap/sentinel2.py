@@ -30,21 +30,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     SCL: ("scl", "SCL", "SCL_20m"),
 }
 
-SCL_CLASSES = {
-    0: "no data",
-    1: "saturated or defective",
-    2: "dark area",
-    3: "cloud shadow",
-    4: "vegetation",
-    5: "not vegetated",
-    6: "water",
-    7: "unclassified",
-    8: "cloud, medium probability",
-    9: "cloud, high probability",
-    10: "thin cirrus",
-    11: "snow or ice",
-}
-SCL_MASKED = (0, 1, 3, 8, 9, 10)  # not a clear look at the ground
+SCL_MASKED = (0, 1, 3, 8, 9, 10)  # no data, defective, shadow, cloud, cloud, cirrus: no clear look at the ground
 SCL_CLOUD = (8, 9, 10)  # the classes that bright tailings are mistaken for
 
 OFFSET = -1000  # DN, in products of processing baseline 04.00 and later

@@ -158,7 +158,7 @@ class Store:
         try:
             about = {"minemap:layout": VERSION, "minemap:kind": self.kind, **attributes}
             zarr.create_group(draft, zarr_format=3, attributes=about)
-            draft.chmod(0o777 & ~_umask())
+            draft.chmod(0o777 & ~UMASK)
             # The ledger first: without records nothing counts as done, wherever this stops
             for name in ("ledger", "cells", "items", "offsets"):
                 shutil.rmtree(self.meta / name, ignore_errors=True)
@@ -318,7 +318,8 @@ class Store:
         """A layer of a super-tile or a part of it, (…, y, x), as stored. Raises DamagedTileError."""
         zone = self._zone(tile.group, "r")
         row, column = tile.offset_in(self.grid(tile.group))
-        y, x = slice(row, row + tile.height), slice(column, column + tile.width)
+        scale = QUICKLOOK if name == "quicklook" else 1
+        y, x = (slice(n // scale, (n + side) // scale) for n, side in ((row, tile.height), (column, tile.width)))
         try:
             return np.asarray(_array(zone, name)[(y, x) if index is None else (index, ..., y, x)])
         except (RuntimeError, ValueError) as error:  # zstd's checksum, and the index of a shard
@@ -414,7 +415,7 @@ def write_atomically(path: Path, text: str) -> None:
         draft.flush()
         os.fsync(draft.fileno())  # before the name is there: a power cut must not leave an empty file under it
     try:
-        Path(draft.name).chmod(0o666 & ~_umask())
+        Path(draft.name).chmod(0o666 & ~UMASK)
         Path(draft.name).replace(path)
     finally:
         Path(draft.name).unlink(missing_ok=True)
@@ -524,10 +525,13 @@ def _day(days: int) -> date:
     return date.fromordinal(EPOCH.toordinal() + days)
 
 
-def _umask() -> int:
+def _read_umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+UMASK = _read_umask()  # once: reading it sets it to 0 for a moment, and other threads may be writing
 
 
 @dataclass(frozen=True)

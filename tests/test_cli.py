@@ -204,6 +204,15 @@ def test_nobody_listening_for_warnings_is_no_end(scene, model, tmp_path):
     assert done.returncode == 0 and json.loads(done.stdout)["super_tiles_done"] > 0
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_closed_streams_are_no_failure(closed):
+    command = f"exec {sys.executable} -m minemap {{}} {closed}"
+    done = subprocess.run(["bash", "-c", command.format("models --json")], capture_output=True, check=False)
+    assert done.returncode == 0 and bool(done.stdout) == (closed == "2>&-") and not done.stderr
+    failed = subprocess.run(["bash", "-c", command.format("info no.zarr")], capture_output=True, check=False)
+    assert failed.returncode == 1 and not failed.stdout
+
+
 @pytest.mark.parametrize(
     "words",
     [

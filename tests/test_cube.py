@@ -114,6 +114,21 @@ def test_missing_assets_are_absent_and_never_dropped(items, grid):
     assert (layers["scl"].values == 7).all()
 
 
+def test_negative_numbers_are_dark_and_floats_refused(grid, tmp_path):
+    values = np.array([[-5, 0], [-9999, 800]]).repeat(32, 0).repeat(32, 1)
+    place = Affine(10, 0, grid.left, 0, -10, grid.top)
+    for kind in ("int16", "float32"):
+        write_tif(tmp_path / f"{kind}.tif", values.astype(kind), grid.epsg, place, nodata=-9999)
+    odd = [
+        item(k, "2023-05-01", grid.lonlat_bounds, {"red": str(tmp_path / f"{k}.tif")}) for k in ("int16", "float32")
+    ]
+    with pytest.warns(UserWarning, match="no SCL"):
+        small, floats = (load_layers([one], grid, bands=("red",))["dn"].data for one in odd)
+    assert small[0, 0, :64:32, :64:32].compute().tolist() == [[1, 0], [0, 800]]
+    with pytest.raises(ReadError, match=r"float32\.tif' holds float32: integers are expected"):
+        floats.compute()
+
+
 def test_items_elsewhere_leave_an_empty_cube(items):
     away = Grid(32620, 700_000.0, 100_000.0, 64, 64)
     empty = load_cube(items, away)
@@ -159,7 +174,7 @@ def test_known_hosts_and_the_catalogues_own_are_allowed(monkeypatch):
     access.check("https://sentinel-cogs.s3.us-west-2.amazonaws.com/x.tif")
     with pytest.raises(ReadError, match=r"set MINEMAP_ALLOW_HOSTS=tiles\.example\.net"):
         access.check("https://tiles.example.net/x.tif")
-    monkeypatch.setenv("MINEMAP_ALLOW_HOSTS", "tiles.example.net")
+    monkeypatch.setenv("MINEMAP_ALLOW_HOSTS", "other.example.net, Tiles.Example.net")
     Access.of(source("https://stac.example.org/v1")).check("https://tiles.example.net/x.tif")
 
 

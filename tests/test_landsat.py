@@ -75,6 +75,8 @@ def test_a_file_of_two_sensors_needs_a_collection(tmp_path):
 
 
 def test_older_landsats_are_left_out_and_paths_are_looks(tmp_path):
+    usgs = landsat_item("b", "2019-01-14", BOX, {"red": "/x.tif"}, platform="LANDSAT_8")
+    assert sensor_of(usgs).uses(usgs)
     old = landsat_item("a", "2019-01-14", BOX, {"red": "/x.tif"}, platform="landsat-7")
     path = item_file(tmp_path / "items.json", [old])
     with pytest.raises(NoItemsError, match="1 found, removed: 1 by their platform"):

@@ -330,6 +330,29 @@ def test_damaged_records_and_shards_are_made_again(inner, options, tmp_path):
         np.testing.assert_array_equal(stored(out).values, before)
 
 
+@pytest.mark.parametrize("layer", ["probability", "observations", "quicklook"])
+def test_a_lost_shard_is_made_again(layer, made, inner, options, tmp_path):
+    """As after a copy that broke off: what is missing would read as not observed."""
+    whole, out = made[0], tmp_path / "map.zarr"
+    shutil.copytree(whole, out)
+    shutil.copytree(Store(whole).meta, Store(out).meta)
+    shard = max((out / "utm32620" / layer / "c").rglob("*"), key=lambda p: p.stat().st_size * p.is_file())
+    shard.unlink()
+    words = {**options, "keep_composite": True}
+    assert map_area(inner, "2023", out, **words)["super_tiles_computed"] == 1
+    for name in ("probability", "observations"):
+        np.testing.assert_array_equal(stored(out, name).values, stored(whole, name).values)
+    assert shard.exists() and map_area(inner, "2023", out, **words)["super_tiles_computed"] == 0
+
+
+def test_items_that_lack_a_band_are_told(inner, options, scene, tmp_path):
+    catalogue = json.loads(own_catalogue(scene, tmp_path).read_text())
+    del catalogue["features"][2]["assets"]["swir22"]
+    (tmp_path / "some.json").write_text(json.dumps(catalogue))
+    with pytest.warns(UserWarning, match="1 of [0-9]+ items have no swir22: a pixel counts its looks in every band"):
+        plan(inner, "2023", tmp_path / "map.zarr", **{**options, "stac": tmp_path / "some.json"})
+
+
 def test_a_map_without_its_meta_folder_is_not_gone_on_with(inner, options, tmp_path):
     out = tmp_path / "map.zarr"
     map_area(inner, "2023", out, **options)
