@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 import time
 import warnings
@@ -96,8 +97,7 @@ class Comparison:
         record = self.store.record(work.tile, self.period)
         if record is not None and record["source"] == source:
             with suppress(DamagedTileError):  # made again
-                classes = self.store.read_tile(work.tile, None, "change")
-                return {**self.count(classes, work), "computed": 0.0}
+                return {**self._kept(work, record), "computed": 0.0}
         layers = {"change": self.classes(work)}
         if periods := self.series.get(work.tile.group):
             layers["first_year"] = self.first_year(work.tile, periods)
@@ -105,6 +105,18 @@ class Comparison:
         counts = self.count(layers["change"], work)
         self.store.write_record(work.tile, self.period, {"windows": work.windows, "source": source, **counts})
         return {**counts, "computed": 1.0}
+
+    def _kept(self, work: Work, record: dict[str, Any]) -> dict[str, float]:
+        """The counts of a finished super-tile. Raises DamagedTileError where its layers are not what they were."""
+        classes = self.store.read_tile(work.tile, None, "change")
+        counts = self.count(classes, work)
+        lost = any(not math.isclose(counts[name], record[name], abs_tol=1e-9) for name in CLASSES)
+        if work.tile.group in self.series:
+            years = self.store.read_tile(work.tile, None, "first_year")
+            lost |= not years.any() and bool(np.isin(classes, (BOTH, GAIN, LOSS)).any())
+        if lost:
+            raise DamagedTileError("a super-tile is not what its record says")
+        return counts
 
     def source(self, tile: Grid) -> str:
         """A digest of the map's records that the super-tile's answer depends on."""

@@ -90,7 +90,12 @@ def _started(kind: str, workers: int | None) -> Iterator[Any]:
         warnings.filterwarnings("ignore", message=r"Port \d+ is already in use")
         made = _gpu_workers(workers) if kind == "gpu" else _processes(workers)
     with made:
-        yield made
+        try:
+            yield made
+        except KeyboardInterrupt:  # what Dask's parts say of each other's end is no news
+            for name in ("distributed", "asyncio"):
+                logging.getLogger(name).setLevel(logging.CRITICAL)
+            raise
 
 
 def _processes(workers: int | None) -> Any:

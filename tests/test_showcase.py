@@ -86,7 +86,7 @@ def test_windows_leave_no_steps():
 
     scenes = [make_scene(seed, 768).image.astype(np.float32) for seed in range(10, 16)]
     assert steps(scenes, faded) <= 1.2
-    assert steps(scenes[:2], side_by_side) > 2  # the measure finds them where there are some
+    assert steps(scenes[:1], side_by_side) > 2  # the measure finds them where there are some
 
 
 def test_the_demo_runs_again_in_its_folder(tmp_path, monkeypatch):
