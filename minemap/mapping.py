@@ -109,6 +109,9 @@ class Options:
         for name, allowed in (("extent", ("bbox", "zone")), ("chunk", CHUNKS), ("reader", READERS)):
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name} is {getattr(self, name)!r}: give one of {', '.join(map(str, allowed))}")
+        for name in ("exclude", "masked"):
+            if isinstance(getattr(self, name), str):
+                raise InputError(f"{name} is {getattr(self, name)!r}: give a tuple, of ids or of SCL classes")
         if not 0 <= self.max_cloud <= 100:
             raise InputError(f"max_cloud is {self.max_cloud:g}: it is a percentage, 0 to 100")
         if self.max_scenes < max(1, self.min_clear):

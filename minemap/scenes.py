@@ -175,8 +175,9 @@ def search(
     tally = Tally()
     items = list({item["id"]: item for item in _fetch(where, bbox, when)}.values())
     tally.found = len(items)
-    left_out = {exclude} if isinstance(exclude, str) else set(exclude)
-    items = tally.keep(items, (item["id"] not in left_out for item in items), "--exclude")
+    if isinstance(exclude, str):
+        raise InputError(f"exclude is {exclude!r}: give a tuple of ids")
+    items = tally.keep(items, (item["id"] not in exclude for item in items), "--exclude")
     of_year = parse_months(months) if isinstance(months, str) else months
     items = _filter(items, tally, when=when, max_cloud=max_cloud, months=of_year)
     if not items:

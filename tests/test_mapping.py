@@ -528,6 +528,11 @@ def test_info_counts_what_a_zone_owns(inner, options, tmp_path):
 def test_unknown_option():
     with pytest.raises(InputError, match="unknown option 'max_clouds'"):
         map_area((0, 0, 1, 1), "2023", "x.zarr", max_clouds=3)
+    for name in ("exclude", "masked"):  # a text would be taken letter by letter
+        with pytest.raises(InputError, match=f"{name} is '0,1': give a tuple"):
+            map_area((0, 0, 1, 1), "2023", "x.zarr", **{name: "0,1"})
+    with pytest.raises(InputError, match="exclude is 'S2A': give a tuple"):
+        search((0, 0, 1, 1), "2023", exclude="S2A")
 
 
 def test_odc_maps_the_same(made, inner, options, tmp_path):
