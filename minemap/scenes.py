@@ -170,13 +170,13 @@ def search(
     Raises NoItemsError, which says what was asked and what each filter removed; CatalogueError when the source
     can't be read.
     """
+    if isinstance(exclude, str):
+        raise InputError(f"exclude is {exclude!r}: give a tuple of ids")
     where = stac if isinstance(stac, Source) else source(stac, collection)
     when = parse_period(period)
     tally = Tally()
     items = list({item["id"]: item for item in _fetch(where, bbox, when)}.values())
     tally.found = len(items)
-    if isinstance(exclude, str):
-        raise InputError(f"exclude is {exclude!r}: give a tuple of ids")
     items = tally.keep(items, (item["id"] not in exclude for item in items), "--exclude")
     of_year = parse_months(months) if isinstance(months, str) else months
     items = _filter(items, tally, when=when, max_cloud=max_cloud, months=of_year)
