@@ -629,7 +629,7 @@ def make_tile(work: Work, job: Job) -> dict[str, float]:
     scenes = job.store.scenes_of(work.tile.group, work.tile.cell, job.period)
     if record is not None and _done(record, work, scenes):
         with suppress(DamagedTileError):  # made again
-            _check_layers(work.tile, record, index, job)
+            _check_layers(work.tile, record, index, job.store)
             answer = job.store.read_tile(work.inner, index, "probability")
             return {**count(answer, work.inner, job), "computed": 0.0}
     if record is not None:  # a shard is written whole: what an earlier box had of it is made again with ours
@@ -658,8 +658,7 @@ def make_tile(work: Work, job: Job) -> dict[str, float]:
         job.period,
         {
             "windows": work.windows,
-            "observed_px": int((answer != NOT_OBSERVED).sum()),
-            "mine_px": int(mine.sum()),
+            "filled": {name: _filled(name, data) for name, data in layers.items()},
             "probability_sum": float(np.nansum(chance, dtype=np.float64)),
             "wanted_km2": float(area[~outside].sum()),
             "observed_km2": float(area[answer != NOT_OBSERVED].sum()),
@@ -692,15 +691,21 @@ def _done(record: dict[str, Any], work: Work, scenes: str) -> bool:
     return holds and record.get("scenes") == scenes
 
 
-def _check_layers(tile: Grid, record: dict[str, Any], index: int, job: Job) -> None:
+def _check_layers(tile: Grid, record: dict[str, Any], index: int, store: Store) -> None:
     """Raises DamagedTileError unless a finished super-tile has all its layers: a lost shard reads as nothing seen."""
     made = Work(tile, tuple(record["windows"])).inner
-    seen = job.store.read_tile(made, index, "probability") != NOT_OBSERVED
-    others = ["observations", "quicklook", *(["composite"] if job.keep_composite else [])]
-    layers = {name: job.store.read_tile(made, index, name) for name in others}
-    lost = [name for name, layer in layers.items() if seen.any() and not layer.any()]
-    if lost or seen.sum() != record["observed_px"]:
-        raise DamagedTileError(f"{', '.join(lost) or 'probability'} of a super-tile is not what its record says")
+    for name, filled in record.get("filled", {}).items():  # records of earlier versions have none
+        if _filled(name, store.read_tile(made, index, name)) != filled:
+            raise DamagedTileError(f"{name} of a super-tile is not what its record says")
+
+
+def _filled(name: str, layer: np.ndarray) -> int:
+    """How many values of a layer are not those of a chunk that was never written."""
+    return int(np.count_nonzero(layer != _fill(name)))
+
+
+def _fill(name: str) -> int:
+    return NOT_OBSERVED if name == "probability" else 0
 
 
 def _union(one: list[int], other: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
@@ -784,7 +789,7 @@ def _whole(name: str, data: np.ndarray, work: Work) -> np.ndarray:
     """A layer of the windows in a full super-tile (or its quicklook), nothing observed elsewhere."""
     step = WINDOW // QUICKLOOK if name == "quicklook" else WINDOW
     side = work.tile.width * step // WINDOW
-    out = np.full((*data.shape[:-2], side, side), NOT_OBSERVED if name == "probability" else 0, data.dtype)
+    out = np.full((*data.shape[:-2], side, side), _fill(name), data.dtype)
     row, column = work.windows[0] * step, work.windows[2] * step
     out[..., row : row + data.shape[-2], column : column + data.shape[-1]] = data
     return out
