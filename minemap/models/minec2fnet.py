@@ -30,11 +30,22 @@ from minemap.models.fill import fill_absent
 LEVELS = 4  # feature levels that the FPN decoder takes
 VISIBLE = 3  # channels before the infrared
 DEFAULT_ENCODER = "densenet121"
+PYRAMID = 256  # segmentation-models-pytorch's, and of the FPN that it follows (Lin et al. 2017)
 
 
-def teacher_network(in_channels: int = 6, *, encoder: str = DEFAULT_ENCODER) -> nn.Module:
-    """The teacher: FPN on a DenseNet-121 encoder, random weights, (N, C, H, W) -> logits (N, 1, H, W)."""
-    network: Any = smp.FPN(encoder, encoder_weights=None, in_channels=in_channels, classes=1)
+def teacher_network(in_channels: int = 6, *, encoder: str = DEFAULT_ENCODER, pyramid: int = PYRAMID) -> nn.Module:
+    """The teacher: FPN on a DenseNet-121 encoder, random weights, (N, C, H, W) -> logits (N, 1, H, W).
+
+    pyramid: channels of the decoder's levels; those of its branches are half as many.
+    """
+    network: Any = smp.FPN(
+        encoder,
+        encoder_weights=None,
+        in_channels=in_channels,
+        classes=1,
+        decoder_pyramid_channels=pyramid,
+        decoder_segmentation_channels=pyramid // 2,
+    )
     return network
 
 
@@ -179,11 +190,12 @@ class MineC2FNet(nn.Module):
         refinement: bool = True,
         steps: int = 3,
         group_width: int = 16,
+        pyramid: int = PYRAMID,
         detail: bool = False,
         visible: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        student: Any = teacher_network(in_channels, encoder=encoder)
+        student: Any = teacher_network(in_channels, encoder=encoder, pyramid=pyramid)
         self.encoder: Any = student.encoder
         self.decoder: nn.Module = student.decoder
         self.head: nn.Module = student.segmentation_head

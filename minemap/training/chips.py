@@ -210,12 +210,16 @@ def away_from(chips: Chips, others: Chips) -> Chips:
     return chips.where(cKDTree(there).query(here)[0] >= APART + corners)
 
 
-def draw_blocks(chips: Chips, share: float, seed: int) -> NDArray[np.bool_]:
-    """Rows of randomly drawn whole blocks that hold about `share` of the rows: (n,) bool."""
+def draw_blocks(chips: Chips, share: float, seed: int, fold: int = 0) -> NDArray[np.bool_]:
+    """Rows of randomly drawn whole blocks that hold about `share` of the rows: (n,) bool.
+
+    fold: the draw goes on where those of the folds before it ended, so that 1 / share folds of a seed hold every row
+    once.
+    """
     blocks, sizes = np.unique(chips.column("block"), return_counts=True)
     order = np.random.default_rng(seed).permutation(len(blocks))
-    before = np.cumsum(sizes[order]) - sizes[order]
-    return np.isin(chips.column("block"), blocks[order][before + sizes[order] / 2 <= share * len(chips)])
+    middle = (np.cumsum(sizes[order]) - sizes[order] / 2) / max(1, len(chips))
+    return np.isin(chips.column("block"), blocks[order][(fold * share < middle) & (middle <= (fold + 1) * share)])
 
 
 def keep_bands(chips: Chips, bands: tuple[str, ...]) -> Chips:

@@ -26,6 +26,7 @@ class TrainConfig:
     split: str | None = "train"  # rows of the chip files that are used
     holdout: float = 0.2  # share of them, by block, that chooses epochs and thresholds
     holdout_seed: int = 0  # of the draw of these blocks
+    holdout_fold: int = 0  # of the folds that this draw goes through, so that every block is held out in one of them
     rows: str = "all"  # "fine": a drawn share of the blocks (the few-fine regime); "rest": the others
     fine_share: float = 0.15  # of the rows
     fine_seed: int = 0  # of the draw of these blocks

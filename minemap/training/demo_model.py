@@ -30,7 +30,7 @@ from minemap.tiles import Layout, run_windows
 from minemap.training.losses import IGNORE, LossWeights, student_loss
 
 NAME = "demo-2026"
-OPTIONS: dict[str, Any] = {"in_channels": len(BANDS), "encoder": "tu-regnetx_002", "group_width": 8}
+OPTIONS: dict[str, Any] = {"in_channels": len(BANDS), "encoder": "tu-regnetx_002", "group_width": 8, "pyramid": 128}
 TRAINING_SEEDS, HELD_OUT_SEEDS = range(100, 136), range(150, 154)
 SIZES = (1024, 512, 1024, 256)  # of the scenes, in turn, pixels
 SMALL_SEEDS, SMALL_SIZES = range(200, 260), (256, 256, 512)  # more of those whose mines are small
@@ -52,6 +52,7 @@ TEACHER = Stage("teacher", 500, 8, 192, RATE)
 STUDENT = Stage("student", 450, 8, 192, RATE / 2)
 WHOLE = Stage("student, whole windows", 100, 3, 320, RATE / 10)
 SMALL = Stage("student, small scenes", 160, 8, 192, RATE / 4)
+LAST = Stage("student, small scenes again", 640, 8, 192, RATE / 4)
 
 
 @dataclass(frozen=True)
@@ -142,12 +143,12 @@ def make_recipe(scenes: list[Scene]) -> Recipe:
             "data": "synthetic scenes of minemap.landscape",
             "seeds": [[seeds.start, seeds.stop - 1] for seeds in (TRAINING_SEEDS, SMALL_SEEDS)],
             "imagenet": False,
-            "stages": [asdict(stage) for stage in (TEACHER, STUDENT, WHOLE, SMALL)],
+            "stages": [asdict(stage) for stage in (TEACHER, STUDENT, WHOLE, SMALL, LAST)],
         },
     )
 
 
-def fit(network: nn.Module, scenes: list[Scene], recipe: Recipe, stage: Stage) -> None:
+def fit(network: nn.Module, scenes: list[Scene], recipe: Recipe, stage: Stage, device: str = "cpu") -> None:
     """One stage of training over random windows of the scenes, larger scenes more often."""
     rng = np.random.default_rng(stage.steps)
     sizes = np.array([s.mask.size for s in scenes], float) ** 0.5
@@ -158,10 +159,10 @@ def fit(network: nn.Module, scenes: list[Scene], recipe: Recipe, stage: Stage) -
         chosen = rng.choice(len(scenes), stage.batch, p=sizes / sizes.sum())
         images, masks = zip(*(window_of(scenes[i], stage.side, rng) for i in chosen), strict=True)
         x = fill_absent(torch.from_numpy(recipe.normalise(np.stack(images))))
-        x = x.contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16, enabled=native_precision() == "bf16"):
+        x = x.to(device, memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16, enabled=device == "cpu" and native_precision() == "bf16"):
             logits = network(x)
-        loss = student_loss(logits, torch.from_numpy(np.stack(masks))[:, None], LossWeights())
+        loss = student_loss(logits, torch.from_numpy(np.stack(masks))[:, None].to(device), LossWeights())
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -189,19 +190,25 @@ def intersection_over_union(network: nn.Module, recipe: Recipe, scene: Scene) ->
     return float((mine & truth & known).sum() / either) if either else float("nan")
 
 
-def train(out: Path) -> Checkpoint:
-    """Teacher, then the student that starts from it, then the scores on scenes that neither saw."""
+def train(out: Path, device: str = "cpu") -> Checkpoint:
+    """Teacher, then the student that starts from it, then the scores on scenes that neither saw.
+
+    device: "cpu" or "cuda", of the training alone.
+    """
     torch.manual_seed(0)
     torch.set_num_threads(1)  # small layers: a second thread mostly waits
     keep_freed_memory(2**30, 2**31 - 1)
     scenes = make_scenes(TRAINING_SEEDS, SIZES)
     recipe = make_recipe(scenes)
-    teacher = teacher_network(len(BANDS), encoder=OPTIONS["encoder"])
-    fit(teacher, scenes, recipe, TEACHER)
-    student = MineC2FNet(**OPTIONS).start_from(teacher)
+    teacher = teacher_network(len(BANDS), encoder=OPTIONS["encoder"], pyramid=OPTIONS["pyramid"]).to(device)
+    fit(teacher, scenes, recipe, TEACHER, device)
+    student = MineC2FNet(**OPTIONS).start_from(teacher).to(device)
     for stage in (STUDENT, WHOLE):
-        fit(student, scenes, recipe, stage)
-    fit(student, scenes + make_scenes(SMALL_SEEDS, SMALL_SIZES), recipe, SMALL)
+        fit(student, scenes, recipe, stage, device)
+    scenes += make_scenes(SMALL_SEEDS, SMALL_SIZES)
+    for stage in (SMALL, LAST):
+        fit(student, scenes, recipe, stage, device)
+    student.cpu()
     return save(out, student, replace(recipe, metrics=judge(save(out, student, recipe))))
 
 
@@ -220,4 +227,6 @@ def judge(checkpoint: Checkpoint) -> dict[str, Any]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path, help="folder of the checkpoint")
-    train(parser.parse_args().out)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
+    args = parser.parse_args()
+    train(args.out, args.device)

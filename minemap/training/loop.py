@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import json
 import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from itertools import permutations
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -42,6 +46,7 @@ from minemap.training.losses import LossWeights, distillation_loss, student_loss
 MEAN = {"blue": 0.066, "green": 0.099, "red": 0.104, "nir": 0.262, "swir16": 0.208, "swir22": 0.128, "ndvi": 0.5}
 STD = {"blue": 0.053, "green": 0.069, "red": 0.097, "nir": 0.089, "swir16": 0.103, "swir22": 0.093, "ndvi": 0.3}
 THRESHOLD_RULE = "mapped area equals true area on the held-out blocks of the training split"
+T = TypeVar("T")
 STATE, LOG, MODEL = "state.pt", "metrics.jsonl", "model"
 
 
@@ -77,11 +82,13 @@ def train(config: TrainConfig) -> Checkpoint:
         # One epoch
         epoch, losses = int(state["epoch"]), []
         _set_training(network, config)
-        for step in track(range(epoch * steps, (epoch + 1) * steps), f"epoch {epoch}", disable=config.quiet):
+        numbers = track(range(epoch * steps, (epoch + 1) * steps), f"epoch {epoch}", disable=config.quiet)
+        batches = ahead(partial(make_batch, sets, config, recipe, replay=replay), numbers, config.device)
+        for step, batch in batches:
             torch.manual_seed(config.seed * 1_000_003 + step)
             for group in optimiser.param_groups:
                 group["lr"] = config.learning_rate * rate(config, state["factor"], step / steps)
-            image, target = (t.to(config.device) for t in make_batch(sets, config, recipe, step, replay))
+            image, target = (t.to(config.device) for t in batch)
             loss = step_loss(network, teacher, image, target, config)
             optimiser.zero_grad()
             loss.backward()
@@ -106,11 +113,28 @@ def train(config: TrainConfig) -> Checkpoint:
     return finish(load_model(out / MODEL), holdout, config)
 
 
+def ahead(
+    make: Callable[[int], T], numbers: Iterable[int], device: str, *, count: int = 3
+) -> Iterator[tuple[int, T]]:
+    """Each number with what is made for it; for a GPU the next ones are made while it works."""
+    if device == "cpu":
+        yield from ((number, make(number)) for number in numbers)
+        return
+    with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        pending: deque[tuple[int, Future[T]]] = deque()
+        for number in numbers:
+            pending.append((number, pool.submit(make, number)))
+            if len(pending) > count:
+                done, future = pending.popleft()
+                yield done, future.result()
+        yield from ((number, future.result()) for number, future in pending)
+
+
 def finish(checkpoint: Checkpoint, holdout: list[Chips], config: TrainConfig) -> Checkpoint:
     """Choose the threshold on the first holdout set, write its scores into the recipe."""
     if not holdout or not len(holdout[0]):
         return checkpoint
-    probability = predict_chips(checkpoint.network(), checkpoint.recipe, holdout[0])
+    probability = predict_chips(checkpoint.network().to(config.device), checkpoint.recipe, holdout[0])
     threshold = round(metrics.area_unbiased_threshold(probability, holdout[0].mask), 3)
     report = metrics.report(probability, holdout[0].mask, threshold)
     recipe = replace(
@@ -163,10 +187,11 @@ def _rows(path: str, config: TrainConfig, rows: str, coarse: str) -> Chips:
 def _hold_out(path: str, chips: Chips, config: TrainConfig) -> tuple[Chips, Chips]:
     if not config.holdout:
         return chips, chips.where(np.zeros(len(chips), bool))
-    held = draw_blocks(chips, config.holdout, config.holdout_seed)
+    draw = config.holdout, config.holdout_seed, config.holdout_fold
+    held = draw_blocks(chips, *draw)
     if config.architecture == "minenetcd":  # the blocks that a network of single dates with this holdout has not seen
         single = load_chips(path).split(config.split).decided()
-        blocks = single.column("block")[draw_blocks(single, config.holdout, config.holdout_seed)]
+        blocks = single.column("block")[draw_blocks(single, *draw)]
         held = np.isin(chips.column("block"), blocks)
     training, holdout = chips.where(~held), chips.where(held)
     check_leakage(training, holdout)

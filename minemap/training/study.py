@@ -14,17 +14,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from minemap.checkpoint import Checkpoint
 from minemap.errors import InputError
 from minemap.inference import native_precision
 from minemap.training import metrics
-from minemap.training.chips import load_chips
+from minemap.training.chips import Chips, load_chips
 from minemap.training.coarse import COARSENINGS
 from minemap.training.config import make_config
 
@@ -55,6 +58,8 @@ BASE: dict[str, Any] = {
 }
 SCRATCH = {"encoder": "tu-tf_efficientnet_lite0", "imagenet": True, "learning_rate": 1e-3, "epochs": 25}
 STUDENT = {"architecture": "minec2fnet", "selection": "hybrid", "distill": 0.3}
+# Windows of many chips, as those that the shipped network learned from
+LARGE = {"sizes": [256], "scatter": 0.85, "scatter_cell": 64, "crops": 0.0, "batch": 4}
 FEWER = {"fine_share": 0.05}  # a part of the draw's fine blocks; the teacher of the draw has seen none of them
 TEACHER = "fpn_coarse"
 # Method -> what it changes in BASE. Those that name no SCRATCH start from the teacher of their draw.
@@ -70,6 +75,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "fewer_fpn_fine": {**SCRATCH, **FEWER},
     "fewer_fpn_finetune": {**FEWER},
     "fewer_minec2fnet": {**STUDENT, **FEWER},
+    "large_fpn_fine": {**SCRATCH, **LARGE},
+    "large_fpn_finetune": {**LARGE},
+    "large_minec2fnet": {**STUDENT, **LARGE},
     "parts_none": {**STUDENT, "gated_fusion": False, "cbam": False, "refinement": False},
     "parts_gf": {**STUDENT, "cbam": False, "refinement": False},
     "parts_gf_cbam": {**STUDENT, "refinement": False},
@@ -80,6 +88,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "loss_bce": {**STUDENT, "dice": 0.0},
     "loss_bce_dice_ssim": {**STUDENT, "ssim": 1.0},
     "loss_all": {**STUDENT, "ssim": 1.0, "boundary": 1.0},
+    **{f"fit_lambda_{value:g}": {**STUDENT, "distill": value} for value in (0.1, 1.0, 3.0)},
+    **{f"fit_tau_{value:g}": {**STUDENT, "temperature": value} for value in (1.0, 4.0)},
+    **{f"fit_steps_{value}": {**STUDENT, "steps": value} for value in (1, 6)},
     "bands_rgb": {"bands": ["blue", "green", "red"], **SCRATCH},
     "bands_rgb_nir": {"bands": ["blue", "green", "red", "nir"], **SCRATCH},
     "bands_rgb_nir_ndvi": {
@@ -98,44 +109,68 @@ TABLES = {
         ("fewer_fpn_fine", "fewer_fpn_finetune", "fewer_minec2fnet"),
         ("fewer_fpn_fine", "fewer_fpn_finetune"),
     ),
+    "large": (
+        ("large_fpn_fine", "large_fpn_finetune", "large_minec2fnet"),
+        ("large_fpn_fine", "large_fpn_finetune"),
+    ),
     "parts": (("parts_none", "parts_gf", "parts_gf_cbam", "minec2fnet"), ("parts_none",)),
     "distillation": (
         ("distill_none", "distill_standard", "distill_image", "distill_pixel", "minec2fnet"),
         ("distill_none",),
     ),
     "losses": (("loss_bce", "minec2fnet", "loss_bce_dice_ssim", "loss_all"), ("loss_bce",)),
+    "fit": (("minec2fnet", *(name for name in METHODS if name.startswith("fit_"))), ("minec2fnet",)),
     "bands": (("bands_rgb", "bands_rgb_nir", "bands_rgb_nir_ndvi", "fpn_fine"), ("bands_rgb",)),
 }
 
 
-def run(chips: str, out: Path, *, draws: int, methods: Iterable[str], coarse: str) -> None:
-    """Every method on every draw, the teacher of a draw first; runs that have a line already are skipped."""
+def run(
+    chips: str, out: Path, *, draws: int, methods: Iterable[str], coarse: str, device: str = "cpu", workers: int = 1
+) -> None:
+    """Every method on every draw, so many at a time, the teachers first; runs that have a line are skipped."""
     out.mkdir(parents=True, exist_ok=True)
     rows = read(out)
     if other := sorted({row["coarse"] for row in rows} - {coarse}):
         raise InputError(f"{out} holds a study of coarse labels {other[0]}, not {coarse}: give another folder")
     done = {(row["draw"], row["method"]) for row in rows}
-    for draw in range(draws):
-        for method in dict.fromkeys([TEACHER, *methods]):
-            if (draw, method) not in done:
-                write(out, [run_one(chips, out, draw=draw, method=method, coarse=coarse)])
+    asked = dict.fromkeys([TEACHER, *methods])
+    parts = [m for m in asked if not has_teacher(m)], [m for m in asked if has_teacher(m)]
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        for part in parts:
+            left = [(method, draw) for method in part for draw in range(draws) if (draw, method) not in done]
+            jobs = [
+                pool.submit(run_one, chips, out, draw=draw, method=method, coarse=coarse, device=device)
+                for method, draw in left
+            ]
+            try:
+                for job in as_completed(jobs):
+                    write(out, [job.result()])
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
 
 
-def run_one(chips: str, out: Path, *, draw: int, method: str, coarse: str) -> dict[str, Any]:
-    """Train one method on one draw and read the validation split, once: counts by block."""
-    from minemap.training.evaluate import QUICK, predict_chips
-    from minemap.training.loop import train
-
+def has_teacher(method: str) -> bool:
+    """Whether a method learns from the teacher of its draw, or starts from it."""
     changes = METHODS[method]
-    values = BASE | changes | {"data": [chips], "out": str(out / f"{method}-{draw}")}
+    return not changes.get("imagenet") or changes.get("fresh", False)
+
+
+def run_one(chips: str, out: Path, *, draw: int, method: str, coarse: str, device: str = "cpu") -> dict[str, Any]:
+    """Train one method on one draw and read the validation split, once: counts by block.
+
+    "held": the counts on the fine chips that were kept apart, from which lambda, tau and T are judged.
+    """
+    from minemap.training.loop import load_sets, train
+
+    values = BASE | METHODS[method] | {"data": [chips], "out": str(out / f"{method}-{draw}"), "device": device}
     values |= {"seed": draw, "fine_seed": draw, "coarse": coarse if method == TEACHER else "none"}
-    if not changes.get("imagenet") or changes.get("fresh"):
+    if has_teacher(method):
         values["teacher"] = str(out / f"{TEACHER}-{draw}" / "model")
     config = make_config(values)
     checkpoint = train(config)
-    val = load_chips(chips).split("val").decided()
-    chance = predict_chips(checkpoint.network(), checkpoint.recipe, val, precision=native_precision(), seen=QUICK)
-    counts = metrics.confusion(chance >= THRESHOLD, val.mask)
+    val, held = load_chips(chips).split("val").decided(), load_sets(config)[1][0]
+    counts = _counts(checkpoint, val, device)
     blocks = {b: counts[val.column("block") == b].sum(axis=0).tolist() for b in np.unique(val.column("block"))}
     return {
         "draw": draw,
@@ -143,7 +178,18 @@ def run_one(chips: str, out: Path, *, draw: int, method: str, coarse: str) -> di
         "coarse": coarse,
         "miou": 100 * metrics.scores(counts.sum(axis=0))["miou"],
         "blocks": blocks,
+        "held": _counts(checkpoint, held, device).sum(axis=0).tolist(),
     }
+
+
+def _counts(checkpoint: Checkpoint, chips: Chips, device: str) -> Counts:
+    """Counts of each chip, (n, 4)."""
+    from minemap.training.evaluate import QUICK, predict_chips
+
+    network = checkpoint.network().to(device)
+    precision = native_precision() if device == "cpu" else "fp32"
+    chance = predict_chips(network, checkpoint.recipe, chips, precision=precision, seen=QUICK)
+    return metrics.confusion(chance >= THRESHOLD, chips.mask)
 
 
 def read(out: Path) -> list[dict[str, Any]]:
@@ -166,15 +212,22 @@ def tables(rows: list[dict[str, Any]]) -> str:
 
 
 def table(rows: list[dict[str, Any]], methods: Iterable[str], references: Iterable[str], samples: int = 2000) -> str:
-    """A Markdown table: mIoU of each method and its paired differences to the references, with intervals."""
+    """A Markdown table: mIoU of each method and its paired differences to the references, with intervals.
+
+    "held": mIoU on the fine chips that the runs kept apart, those of all draws together.
+    """
     counts = by_method(rows)
-    head = ["method", "draws", "val mIoU (range over draws)", *(f"minus {r} (95 % interval)" for r in references)]
+    differences = [f"minus {r} (95 % interval)" for r in references]
+    head = ["method", "draws", "held", "val mIoU (range over draws)", *differences]
     lines = [_line(head), _line("---" for _ in head)]
     for method in (m for m in methods if m in counts):
-        scores = [row["miou"] for row in rows if row["method"] == method]
+        own = [row for row in rows if row["method"] == method]
+        scores = [row["miou"] for row in own]
+        apart = np.sum([row["held"] for row in own if "held" in row], axis=0)
+        held = f"{100 * metrics.scores(apart)['miou']:.1f}" if apart.any() else ""
         spread = f"{np.mean(scores):.1f} ({min(scores):.1f} to {max(scores):.1f})"
-        differences = (_interval(counts, method, r, samples) for r in references)
-        lines.append(_line([method, str(len(scores)), spread, *differences]))
+        intervals = (_interval(counts, method, r, samples) for r in references)
+        lines.append(_line([method, str(len(scores)), held, spread, *intervals]))
     return "\n".join(lines)
 
 
@@ -227,9 +280,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--coarse", choices=tuple(COARSENINGS), default="blobs", help="labels of the rest (blobs)")
     parser.add_argument("--draws", type=int, default=5, help="of blocks, the first so many")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
+    parser.add_argument("--workers", type=int, default=1, help="runs at a time, a core each (1)")
     args = parser.parse_args(arguments)
     if args.action == "run":
-        run(args.chips, args.out, draws=args.draws, methods=args.methods, coarse=args.coarse)
+        options = {key: getattr(args, key) for key in ("draws", "methods", "coarse", "device", "workers")}
+        run(args.chips, args.out, **options)
     print(tables([row for row in read(args.out) if row["draw"] < args.draws]))
 
 

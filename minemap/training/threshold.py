@@ -28,7 +28,7 @@ from minemap.training.loop import load_sets
 
 RULE = "mapped area equals true area on {} held-out chips of the training split, those of {} trainings together"
 # Options of a training that decide which rows it held out
-DRAW = ("architecture", "split", "rows", "fine_share", "fine_seed", "holdout", "holdout_seed")
+DRAW = ("architecture", "split", "rows", "fine_share", "fine_seed", "holdout", "holdout_seed", "holdout_fold")
 SAMPLES = 200  # draws of blocks for the bounds
 
 
