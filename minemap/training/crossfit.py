@@ -97,9 +97,11 @@ def run_fold(
 
 
 def save(path: Path, answers: Answers) -> None:
-    """Write the answers to a file of NumPy's."""
+    """Write the answers to a file of NumPy's, beside its place first."""
     arrays: dict[str, Any] = {key: value for key, value in vars(answers).items() if key != "columns"}
-    np.savez_compressed(path, **arrays | answers.columns)
+    draft = path.with_name(f".{path.name}")
+    np.savez_compressed(draft, **arrays | answers.columns)
+    draft.replace(path)
 
 
 def load(path: Path) -> Answers:
