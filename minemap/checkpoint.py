@@ -70,6 +70,10 @@ class Recipe:
             (bool(self.bands) and set(self.bands) <= set(BANDS), f"bands {self.bands}, known: {BANDS}"),
             (len(set(self.bands)) == len(self.bands), f"bands {self.bands} repeat one"),
             (set(self.derived) <= set(DERIVED), f"derived {self.derived}, known: {tuple(DERIVED)}"),
+            (
+                all(set(DERIVED.get(name, ())) <= set(self.bands) for name in self.derived),
+                f"derived {self.derived} wants bands that are not among {self.bands}",
+            ),
             (len(self.mean) == len(self.std) == channels, f"mean and std need {channels} values each"),
             (all(s > 0 for s in self.std), f"std {self.std} must be above 0"),
             (0 <= self.threshold <= 1, f"threshold {self.threshold} must lie in 0-1"),

@@ -94,6 +94,26 @@ def test_blocks_are_drawn_whole_and_near_their_share(file: Path) -> None:
         check_leakage(chips, chips.where(drawn))
 
 
+@pytest.mark.parametrize(
+    ("image", "bands", "message"),
+    [
+        (np.ones((1, 6, 8, 8), np.int16), BANDS[:3], "image has 6 bands, and bands names 3"),
+        (np.ones((1, 3, 8, 8), np.int16), BANDS, "image has 3 bands, and bands names 6"),
+        (np.full((1, 6, 8, 8), 0.2, np.float32), BANDS, "image is float32: store reflectance"),
+    ],
+)
+def test_an_image_that_its_bands_do_not_name(image: np.ndarray, bands: tuple, message: str, tmp_path: Path) -> None:
+    np.savez(tmp_path / "chips.npz", image=image, mask=np.zeros((1, 8, 8), np.uint8), bands=np.array(bands))
+    with pytest.raises(InputError, match=message):
+        load_chips(tmp_path / "chips.npz")
+
+
+def test_an_empty_file_is_no_chips(tmp_path: Path) -> None:
+    (tmp_path / "chips.npz").touch()
+    with pytest.raises(InputError, match="cannot be read as chips"):
+        load_chips(tmp_path / "chips.npz")
+
+
 def test_keep_bands(file: Path) -> None:
     chips = keep_bands(load_chips(file), ("red",))
     assert np.isnan(chips.image[0]).all(axis=(1, 2)).tolist() == [b != "red" for b in BANDS]

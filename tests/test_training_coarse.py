@@ -29,6 +29,14 @@ def test_growth_of_a_square_by_hand() -> None:
     assert grown[7, 15] == grown[15, 22] == 0
 
 
+def test_lengths_are_metres_at_any_resolution() -> None:
+    mask = np.zeros((1, 40, 40), np.uint8)
+    mask[0, 10:20, 10:20] = 1
+    chips = Chips(np.zeros((1, 6, 40, 40), np.float32), mask, {}, resolution=30.0)
+    grown = coarsen_chips(chips, Coarsening(buffer=30.0)).mask[0]
+    np.testing.assert_array_equal(grown, coarsen_mask(mask[0], Coarsening(buffer=10.0)))
+
+
 def test_gaps_are_bridged_and_small_parts_left_out() -> None:
     two = MultiPolygon([box(0, 0, 100, 100), box(130, 0, 230, 100), box(1000, 0, 1010, 10)])
     closed = coarsen(two, Coarsening(closing=20.0, smallest=1000.0))

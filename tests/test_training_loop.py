@@ -23,7 +23,7 @@ from minemap.training import commands, continual, metrics
 from minemap.training.chips import load_chips
 from minemap.training.config import TrainConfig, make_config, read_values
 from minemap.training.evaluate import MARGIN, QUICK, evaluate, padding, predict_chips, predict_mosaics
-from minemap.training.loop import STATE, ahead, load_sets, make_recipe, rate, start_network, train
+from minemap.training.loop import STATE, ahead, finish, load_sets, make_recipe, rate, start_network, train
 
 TINY = {"epochs": 2, "batch": 4, "sizes": [32], "precision": "fp32", "threads": 1, "learning_rate": 1e-3}
 TINY |= {"encoder": "tu-lcnet_050"}  # the default is several times as slow
@@ -77,6 +77,38 @@ def test_batches_come_in_their_order(device: str) -> None:
     assert next(batches) == (0, 0)
     assert len(started) == 1 if device == "cpu" else len(started) <= 4  # no more than are needed soon
     assert list(batches) == [(n, -n) for n in range(1, 9)]
+
+
+def test_what_does_not_fit_together_is_refused(chips: str, teacher: str, tmp_path: Path) -> None:
+    student = {"start": teacher, "selection": "none"}
+    with pytest.raises(InputError, match="is a fpn, not a minec2fnet"):
+        train(_config(chips, tmp_path / "a", **student))
+    with pytest.raises(InputError, match="parts that this network lacks"):
+        train(_config(chips, tmp_path / "b", start="south-america-2026", selection="none", encoder=None))
+    with pytest.raises(InputError, match="has other layers"):
+        train(_config(chips, tmp_path / "b", start="south-america-2026", selection="none"))
+    with pytest.raises(InputError, match="a unet does not start from a teacher"):
+        train(_config(chips, tmp_path / "c", architecture="unet", teacher=teacher, selection="none"))
+    with pytest.raises(InputError, match=r"no chip to learn from in .*split 'test'"):
+        train(_config(chips, tmp_path / "d", split="test"))
+    with pytest.raises(InputError, match="derived"):
+        _config(chips, tmp_path, bands=["blue", "green", "red"], derived=["ndvi"])
+
+
+def test_no_threshold_from_chips_of_one_class(chips: str, tmp_path: Path) -> None:
+    config = _config(chips, tmp_path, architecture="fpn")
+    before, (held,) = load_model("demo-2026"), load_sets(config)[1]
+    with pytest.warns(UserWarning, match="no threshold is chosen"):
+        assert finish(before, [replace(held, mask=np.zeros_like(held.mask))], config) is before
+
+
+def test_a_line_of_the_log_that_was_cut_off_is_dropped(chips: str, tmp_path: Path) -> None:
+    config = _config(chips, tmp_path, architecture="fpn", epochs=1, epoch_samples=4, holdout=0.0, schedule="cosine")
+    train(config)
+    whole = (tmp_path / "metrics.jsonl").read_text()
+    (tmp_path / "metrics.jsonl").write_text(whole + '{"epoch": 1, "lo')
+    train(config)
+    assert (tmp_path / "metrics.jsonl").read_text() == whole
 
 
 def test_student_keeps_its_teacher_bit_for_bit(chips: str, teacher: str, tmp_path: Path) -> None:
@@ -315,6 +347,18 @@ def test_unknown_options_are_refused(tmp_path: Path) -> None:
     (tmp_path / "c.json").write_text('{"surprise": 1}')
     with pytest.raises(InputError, match="surprise"):
         make_config(read_values(tmp_path / "c.json") | {"out": "o"})
+
+
+def test_evaluate_reads_a_file_of_chips_alone(
+    chips: str, teacher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Image, mask and bands are enough: no table of columns beside them."""
+    (tmp_path / "chips.npz").write_bytes(Path(chips).read_bytes())
+    parser = argparse.ArgumentParser()
+    commands.add_evaluate_arguments(parser)
+    commands.run_evaluate(parser.parse_args(["--chips", str(tmp_path / "chips.npz"), "--model", teacher, "--json"]))
+    told = capsys.readouterr()
+    assert json.loads(told.out)["images"] == 12 and not told.err
 
 
 def test_evaluate_command_prints_json(chips: str, teacher: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -304,12 +304,18 @@ def _composite_rule(o: Options) -> Rule:
     return Rule(masked=o.masked, min_clear=o.min_clear, rescue=o.rescue)
 
 
+def _digest(path: Path) -> str:
+    """SHA-256 of a file, or of all files of a folder (a geodatabase) in their order."""
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
 def _parameters(
     polygons: str | Path, layer: str | None, when: Period, where: Source, sensor: Sensor, how: ChipRule, o: Options
 ) -> dict[str, Any]:
     """What identifies a set of chips."""
     return {
-        "polygons": hashlib.sha256(Path(polygons).read_bytes()).hexdigest(),
+        "polygons": _digest(Path(polygons)),
         "layer": layer,
         "date": str(when),
         "source": where.url,

@@ -13,6 +13,7 @@ import csv
 import json
 import math
 import zipfile
+import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -126,9 +127,9 @@ def normalised(image: NDArray[np.float32], recipe: Recipe) -> NDArray[np.float32
 def _arrays(path: Path) -> dict[str, NDArray]:
     try:
         arrays = _read_zarr(path) if path.is_dir() else _read_npz(path)
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        image, mask = arrays["image"], arrays["mask"]
+    except (OSError, EOFError, ValueError, KeyError, zlib.error, zipfile.BadZipFile) as error:
         raise InputError(f"{path} cannot be read as chips: {error}") from error
-    image, mask = arrays["image"], arrays["mask"]
     if image.ndim not in (4, 5) or mask.shape != image.shape[:-3] + image.shape[-2:]:
         raise InputError(f"{path}: image {image.shape} and mask {mask.shape} do not belong together")
     return arrays
@@ -152,6 +153,12 @@ def _read_zarr(path: Path) -> dict[str, NDArray]:
 def _reflectance(stored: NDArray, bands: list[str], path: Path) -> NDArray[np.float32]:
     if not bands or not set(bands) <= set(BANDS):
         raise InputError(f"{path}: bands {bands} are not among {', '.join(BANDS)}")
+    if len(set(bands)) != len(bands) or len(bands) != stored.shape[1]:
+        raise InputError(
+            f"{path}: image has {stored.shape[1]} bands, and bands names {len(set(bands))}: name each once"
+        )
+    if not np.issubdtype(stored.dtype, np.integer):
+        raise InputError(f"{path}: image is {stored.dtype}: store reflectance × {SCALE} in whole numbers, as int16")
     image = np.full((len(stored), len(BANDS), *stored.shape[2:]), np.nan, np.float32)
     values = stored.astype(np.float32) / SCALE
     values[np.broadcast_to((stored == 0).all(axis=1, keepdims=True), stored.shape)] = np.nan

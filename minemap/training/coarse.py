@@ -70,8 +70,8 @@ def _scale(geometry: BaseGeometry, factor: float) -> BaseGeometry:
 
 
 def coarsen_chips(chips: Chips, how: Coarsening = BLOBS) -> Chips:
-    """The same chips with coarse masks."""
-    masks = [coarsen_mask(mask, how) for mask in chips.mask]
+    """The same chips with coarse masks; lengths are metres, whatever the chips' resolution."""
+    masks = [coarsen_mask(mask, how, chips.resolution) for mask in chips.mask]
     return replace(chips, mask=np.stack(masks) if masks else chips.mask)
 
 

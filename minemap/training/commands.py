@@ -141,7 +141,8 @@ def run_evaluate(args: argparse.Namespace) -> None:
         chips = keep_bands(chips, tuple(args.bands.split(",")))
     if not len(chips):
         raise InputError(f"{args.chips}: no chip with a decided pixel, split {args.split!r}")
-    if args.split is None and (chips.columns.get("split") == checkpoint.recipe.training.get("split", "")).any():
+    learned_from = checkpoint.recipe.training.get("split")
+    if args.split is None and "split" in chips.columns and (chips.column("split") == learned_from).any():
         print("minemap: places to learn from are among these chips: --split val leaves them out", file=sys.stderr)
     found = evaluation.evaluate(checkpoint, chips, by=args.by, threshold=args.threshold)
     _show({"model": checkpoint.recipe.name} | found, as_json=args.json)

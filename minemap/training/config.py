@@ -112,10 +112,11 @@ class TrainConfig:
             "epochs": self.epochs > 0,
             "batch": self.batch > 1,
             "holdout": 0 <= self.holdout < 1,
-            "sizes": bool(self.sizes) and not any(size % 32 for size in self.sizes),  # the networks' stride
+            "sizes": bool(self.sizes)
+            and all(size > 0 and size % 32 == 0 for size in self.sizes),  # the networks' stride
             "scatter_cell": not any(size % self.cells(size) for size in self.sizes if size >= self.scene),
             "replay": not self.replay or self.rows == "fine",  # it draws from the others
-            "derived": set(self.derived) <= set(DERIVED),
+            "derived": all(set(DERIVED.get(name, "?")) <= set(self.bands) for name in self.derived),
             "blend": not (self.blend and self.architecture == "minenetcd"),  # would mix a pair's two orders
         }
         wrong = [key for key, good in checks.items() if not good]

@@ -3,7 +3,8 @@
 `python -m minemap.training.crossfit run MODEL --chips mines6/chips.npz --out runs/cross` trains the stages of a model
 (teacher, then student) once for each fold of the blocks, without that fold, and keeps what they answer for it (Stone
 1974, Journal of the Royal Statistical Society B 36:111-147); `... table runs/cross/answers.npz` prints what these
-answers are worth. Every stage runs all of its epochs and its last weights answer: the fold decides nothing.
+answers are worth. Every stage runs all of its epochs, on a cosine, and its last weights answer: the fold decides
+nothing.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ from minemap.training.threshold import bounds
 
 ANSWERS = "answers.npz"
 COLUMNS = ("block", "sample", "date")
+STAGES = "teacher", "student", "third", "fourth"
+LAST = {"keep": "last", "schedule": "cosine", "stop": 0}  # plateaus are found on held-out chips
 
 
 @dataclass(frozen=True)
@@ -56,11 +59,13 @@ def stages(training: dict[str, Any]) -> dict[str, dict[str, Any]]:
         raise InputError("this model's recipe does not tell of a training from its first step on: it has no folds")
     before = stages(training["teacher"]) if training.get("teacher") else {}
     own = {k: v for k, v in training.items() if k in option_types() and k not in ("teacher", "start")}
-    return before | {"student" if before else "teacher": own}
+    return before | {STAGES[len(before)]: own}
 
 
 def run(model: str, chips: str, out: Path, *, folds: int, device: str = "cpu", workers: int = 1) -> Answers:
     """Train the stages for every fold, so many at a time, and keep the answers; what was trained is not repeated."""
+    if folds < 2:
+        raise InputError(f"{folds} folds: at least two are needed")
     training = load_model(model).recipe.training
     names = list(stages(training))
     task = partial(run_fold, training, chips, out, folds=folds, device=device)
@@ -84,12 +89,16 @@ def run_fold(
 ) -> tuple[Chips, NDArray[np.uint8]]:
     """The chips of a fold, and what each stage trained without them answers, uint8 (stage, n, y, x)."""
     draw = {"holdout": 1 / folds, "holdout_seed": 0, "holdout_fold": fold}
-    answers, teacher = [], None
-    for name, options in stages(training).items():
-        place = {"data": [chips], "out": str(out / f"{name}-{fold}"), "device": device, "teacher": teacher}
-        config = make_config(options | place | draw | {"keep": "last", "stop": 0})
-        checkpoint = train(config)
-        held = load_sets(config)[1][0]
+    every, teacher = stages(training), None
+    place = {"data": [chips], "device": device}
+    configs = {
+        name: make_config(options | place | draw | LAST | {"out": str(out / f"{name}-{fold}")})
+        for name, options in every.items()
+    }
+    held = load_sets(list(configs.values())[-1])[1][0]
+    answers = []
+    for config in configs.values():
+        checkpoint = train(replace(config, teacher=teacher))
         network = checkpoint.network().to(device)
         answers.append(percent(predict_chips(network, checkpoint.recipe, held, precision=config.precision)))
         teacher = str(checkpoint.path)
@@ -129,7 +138,7 @@ def table(answers: Answers) -> str:
     lines = [head, ["---"] * len(head)]
     for stage, stored in zip(answers.stages, answers.percent, strict=True):
         chance: NDArray[np.float32] = stored.astype(np.float32) / np.float32(100)
-        threshold = metrics.area_unbiased_threshold(chance, answers.mask)
+        threshold = round(metrics.area_unbiased_threshold(chance, answers.mask), 3)  # float32 is a hair above
         low, high = bounds(chance, answers.mask, answers.columns["block"])
         rows = [answers.fold == fold for fold in folds] + [np.ones(len(chance), bool)]
         scores = [metrics.report(chance[keep], answers.mask[keep], threshold)["miou"] for keep in rows]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -34,7 +35,7 @@ from minemap.models.minec2fnet import DEFAULT_ENCODER, MineC2FNet
 from minemap.models.minenetcd import MineNetCD
 from minemap.training import metrics
 from minemap.training.batches import make_batch
-from minemap.training.chips import Chips, away_from, check_leakage, draw_blocks, load_chips, load_pairs
+from minemap.training.chips import IGNORE, Chips, away_from, check_leakage, draw_blocks, load_chips, load_pairs
 from minemap.training.coarse import COARSENINGS, coarsen_chips
 from minemap.training.config import TrainConfig, as_json
 from minemap.training.continual import attention_loss, select_replay
@@ -132,7 +133,12 @@ def ahead(
 
 def finish(checkpoint: Checkpoint, holdout: list[Chips], config: TrainConfig) -> Checkpoint:
     """Choose the threshold on the first holdout set, write its scores into the recipe."""
-    if not holdout or not len(holdout[0]):
+    if not holdout or len(set(np.unique(holdout[0].mask)) - {IGNORE}) < 2:
+        if config.holdout:
+            text = (
+                "no threshold is chosen, 0.5 stays: the chips held out do not hold both mine and other land (holdout)"
+            )
+            warnings.warn(text, stacklevel=2)
         return checkpoint
     probability = predict_chips(checkpoint.network().to(config.device), checkpoint.recipe, holdout[0])
     threshold = round(metrics.area_unbiased_threshold(probability, holdout[0].mask), 3)
@@ -157,6 +163,9 @@ def load_sets(config: TrainConfig) -> tuple[list[Chips], list[Chips]]:
     sets, holdouts = [training for training, _ in pairs], [holdout for _, holdout in pairs]
     for i, j in permutations(range(len(pairs)), 2):
         sets[i] = away_from(sets[i], holdouts[j])
+    if not any(len(chips) for chips in sets):
+        files, kind = ", ".join(config.data), f"split {config.split!r}, rows {config.rows!r}"
+        raise InputError(f"no chip to learn from in {files}, {kind}: take another split (--set split=null: all)")
     return sets, holdouts
 
 
@@ -253,14 +262,30 @@ def start_network(config: TrainConfig, recipe: Recipe, teacher: nn.Module | None
     if config.start is not None and isinstance(network, MineNetCD):
         network.start_from(load_model(config.start).network())
     elif config.start is not None:
-        # Parts that the older network lacks start as the identity.
-        network.load_state_dict(load_model(config.start).network().state_dict(), strict=False)
+        _go_on_from(network, load_model(config.start), config)
     elif isinstance(network, MineC2FNet):
         # Without a teacher, its own encoder as it starts is the frozen one
         network.start_from(teacher or network, fresh=config.fresh or teacher is None)
     elif teacher is not None:
+        if config.architecture != "fpn":
+            raise InputError(f"a {config.architecture} does not start from a teacher, which is an fpn: leave it out")
         network.load_state_dict(teacher.state_dict())
     return network
+
+
+def _go_on_from(network: nn.Module, before: Checkpoint, config: TrainConfig) -> None:
+    """The weights of the network before; parts that it lacks start as the identity. Raises InputError."""
+    if before.recipe.architecture != config.architecture:
+        raise InputError(f"start {config.start} is a {before.recipe.architecture}, not a {config.architecture}")
+    try:
+        left = network.load_state_dict(before.network().state_dict(), strict=False).unexpected_keys
+    except RuntimeError as error:  # other shapes
+        raise InputError(f"start {config.start} has other layers: leave encoder, bands and derived to it") from error
+    if left:
+        parts = sorted({key.split(".")[0] for key in left})
+        raise InputError(
+            f"start {config.start} has parts that this network lacks ({', '.join(parts)}): switch them on"
+        )
 
 
 def _teacher(config: TrainConfig) -> nn.Module | None:
@@ -425,8 +450,10 @@ def _trim_log(out: Path, epoch: int) -> None:
     """Drop log lines of an epoch that was logged but not stored before the kill."""
     if not (out / LOG).exists():
         return
-    lines = [line for line in (out / LOG).read_text().splitlines() if json.loads(line)["epoch"] < epoch]
-    (out / LOG).write_text("".join(f"{line}\n" for line in lines))
+    lines = (out / LOG).read_text().splitlines()[:epoch]  # a line an epoch; the last may be half written
+    draft = out / f".{LOG}"
+    draft.write_text("".join(f"{line}\n" for line in lines))
+    draft.replace(out / LOG)
 
 
 def _prepare_torch(config: TrainConfig) -> None:

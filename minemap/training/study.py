@@ -17,6 +17,7 @@ import json
 import multiprocessing
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +170,8 @@ def run_one(chips: str, out: Path, *, draw: int, method: str, coarse: str, devic
         values["teacher"] = str(out / f"{TEACHER}-{draw}" / "model")
     config = make_config(values)
     checkpoint = train(config)
-    val, held = load_chips(chips).split("val").decided(), load_sets(config)[1][0]
+    val = load_chips(chips).split("val").decided()
+    held = load_sets(replace(config, rows="fine", coarse="none"))[1][0]  # a teacher has seen none of them
     counts = _counts(checkpoint, val, device)
     blocks = {b: counts[val.column("block") == b].sum(axis=0).tolist() for b in np.unique(val.column("block"))}
     return {
