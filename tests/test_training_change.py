@@ -127,7 +127,10 @@ def test_heads_learn_on_features_kept_once(pairs, tmp_path, monkeypatch):
     study.run(str(pairs), tmp_path, seeds=[0], maps=False)
     rows = study.read(tmp_path)
     assert [row["method"] for row in rows] == list(study.METHODS)
-    assert len(list((tmp_path / study.POOL).glob("*.pt"))) == 2
+    assert len(list(tmp_path.glob(f"{study.POOL}-*/*.pt"))) == 2
+    config = make_config(study.BASE | {"data": [str(pairs)], "out": str(tmp_path)})
+    other = study.pool_folder(replace(config, start="demo-2026"))
+    assert study.pool_folder(config).exists() and not other.exists()  # features of another encoder lie elsewhere
     study.run(str(pairs), tmp_path, seeds=[0], maps=False)
     assert study.read(tmp_path) == rows
     for name, change_fft in (("with-0", True), ("without-0", False)):

@@ -12,6 +12,8 @@ threshold. The validation split is read once, at the end of a run.
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -30,7 +32,7 @@ from minemap.models.minenetcd import MineNetCD
 from minemap.training import metrics
 from minemap.training.batches import make_batch
 from minemap.training.chips import Chips, load_chips, load_pairs
-from minemap.training.config import TrainConfig, make_config
+from minemap.training.config import TrainConfig, as_json, make_config
 from minemap.training.evaluate import padded, padding, predict_chips
 from minemap.training.loop import THRESHOLD_RULE, keep_freed_memory, load_sets, make_recipe
 from minemap.training.losses import LossWeights, student_loss
@@ -67,7 +69,7 @@ Levels = tuple[list[Tensor], list[Tensor]]  # an encoder's features of the first
 
 def run(chips: str, out: Path, *, seeds: Sequence[int], maps: bool = True) -> None:
     """The difference of two maps, and both methods on every seed; what has a line already is skipped."""
-    (out / POOL).mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     keep_freed_memory()
     done = {(row["seed"], row["method"]) for row in read(out)}
@@ -83,7 +85,7 @@ def run_seed(chips: str, out: Path, *, seed: int, methods: list[str]) -> list[di
     config = make_config(BASE | {"data": [chips], "out": str(out)})
     recipe = make_recipe(config)
     networks = {method: start(config, seed, method) for method in methods}
-    batches = pool(config, recipe, next(iter(networks.values())), out / POOL, seed)
+    batches = pool(config, recipe, next(iter(networks.values())), pool_folder(config), seed)
     train_heads(networks, batches, config)
     _, (held, *_) = load_sets(config)
     thresholds = {m: _threshold(p, held) for m, p in predict_both(networks, recipe, held).items()}
@@ -109,11 +111,19 @@ def start(config: TrainConfig, seed: int, method: str) -> MineNetCD:
     return network.to(memory_format=torch.channels_last)
 
 
+def pool_folder(config: TrainConfig) -> Path:
+    """Where features are kept, by what they depend on: the options, the chips and the encoder's weights."""
+    what = [json.dumps(as_json(config), sort_keys=True), load_model(config.start).sha256]
+    whole = hashlib.sha256("".join(what).encode() + b"".join(Path(path).read_bytes() for path in config.data))
+    return Path(config.out) / f"{POOL}-{whole.hexdigest()[:12]}"
+
+
 def pool(
     config: TrainConfig, recipe: Recipe, network: MineNetCD, folder: Path, seed: int
 ) -> Iterator[tuple[Levels, Tensor]]:
     """Features and targets of STEPS batches, in an order of the seed's; what is not in the folder yet is made."""
     sets, _ = load_sets(config)
+    folder.mkdir(exist_ok=True)
     rng = np.random.default_rng(seed)
     rounds = [rng.permutation(BATCHES) for _ in range(math.ceil(STEPS / BATCHES))]
     for number in np.concatenate(rounds)[:STEPS].tolist():
