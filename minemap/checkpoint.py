@@ -253,6 +253,15 @@ def _replace(draft: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def settle(folder: Path) -> None:
+    """Clear up after a `save` that was killed: the checkpoint that it had moved aside comes back, drafts go."""
+    for old in folder.parent.glob(f".{folder.name}-*-old"):
+        if not folder.exists():
+            old.rename(folder)
+    for left in folder.parent.glob(f".{folder.name}-*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
 def _compact(tensor: torch.Tensor) -> torch.Tensor:
     import torch
 

@@ -349,6 +349,15 @@ def test_unknown_options_are_refused(tmp_path: Path) -> None:
         make_config(read_values(tmp_path / "c.json") | {"out": "o"})
 
 
+def test_a_kill_while_the_model_is_replaced_costs_nothing(chips: str, tmp_path: Path) -> None:
+    config = _config(chips, tmp_path, architecture="fpn", epochs=1, epoch_samples=4)
+    before = train(config).sha256
+    (tmp_path / "model").rename(tmp_path / ".model-abc-old")  # as between the two renames of a save
+    (tmp_path / ".model-abc").mkdir()
+    assert train(config).sha256 == before
+    assert not list(tmp_path.glob(".model-*"))
+
+
 def test_evaluate_reads_a_file_of_chips_alone(
     chips: str, teacher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from minemap import models
-from minemap.checkpoint import Checkpoint, Recipe, load_model, save
+from minemap.checkpoint import Checkpoint, Recipe, load_model, save, settle
 from minemap.errors import InputError
 from minemap.inference import keep_freed_memory
 from minemap.models.fill import fill_absent
@@ -76,6 +76,7 @@ def train(config: TrainConfig) -> Checkpoint:
         weight_decay=config.weight_decay,
     )
     out.mkdir(parents=True, exist_ok=True)
+    settle(out / MODEL)
     state = {"epoch": 0, "best": -1.0, "best_epoch": 0, "since": 0, "factor": 1.0}
     _resume(out, config, state, network, averaged, optimiser)
 
