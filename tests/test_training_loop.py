@@ -54,10 +54,10 @@ def _config(chips: str, out: Path, **changes: object) -> TrainConfig:
 
 def test_it_learns(chips: str, tmp_path: Path) -> None:
     seen = {"sizes": [QUICK], "affine": 0.0}  # windows as those that it is judged in
-    config = _config(chips, tmp_path, architecture="fpn", epochs=5, epoch_samples=40, schedule="cosine", **seen)
+    config = _config(chips, tmp_path, architecture="fpn", epochs=8, epoch_samples=40, schedule="cosine", **seen)
     checkpoint = train(config)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert rows[-1]["loss"] < 0.85 * rows[0]["loss"]  # 0.5 to 0.78 with other seeds
+    assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
     some = load_chips(chips)
     probability = predict_chips(checkpoint.network(), checkpoint.recipe, some, seen=QUICK)  # as it was trained
     assert metrics.report(probability, some.mask, 0.5)["accuracy"] > 70  # half the pixels are mine
