@@ -135,8 +135,11 @@ def whole_map_against_stages() -> Iterator[str]:
     """CPU seconds of a whole map against the sum of its bare stages (at most 1.25)."""
     from minemap import mapping
     from minemap.checkpoint import load_model
-    from minemap.inference import layout, probability
+    from minemap.inference import layout, percent, probability
+    from minemap.planning import plan
+    from minemap.running import run_tiles
     from minemap.store import Store
+    from minemap.supertile import read_image
 
     def cpu(action: Callable[[], object]) -> float:
         before = time.process_time()
@@ -147,22 +150,22 @@ def whole_map_against_stages() -> Iterator[str]:
         folder = Path(name)
         items = _scene(folder / "scene", 2048, 12)
         bbox = json.loads((folder / "scene" / "bbox.json").read_text())
-        plan = mapping.plan(bbox, "2023", folder / "a.zarr", stac=items)
+        planned = plan(bbox, "2023", folder / "a.zarr", stac=items)
         store = Store(folder / "a.zarr")
-        job = mapping._job(plan, store, mapping._prepare(plan, store), 1)
-        settings = job.settings(plan.sensor.resolution)
+        job = mapping._job(planned, store, mapping._prepare(planned, store), 1)
+        settings = job.settings(planned.sensor.resolution)
         probability(_image(), load_model(), settings)  # weights loaded, kernels chosen
-        whole = cpu(lambda: mapping.run_tiles(plan.work, job, None, None))
+        whole = cpu(lambda: run_tiles(planned.work, job, None, None))
         images: list[tuple[np.ndarray, np.ndarray]] = []
         margin = layout(job.checkpoint).margin
-        read = cpu(lambda: images.extend(mapping.read_image(w.inner, margin, job.reading)[:2] for w in plan.work))
+        read = cpu(lambda: images.extend(read_image(w.inner, margin, job.reading)[:2] for w in planned.work))
         answers: list[np.ndarray] = []
         network = cpu(lambda: answers.extend(probability(image, job.checkpoint, settings) for image, _ in images))
-        pairs = list(zip(plan.work, answers, strict=True))
+        pairs = list(zip(planned.work, answers, strict=True))
 
         def write_all() -> None:
             for w, answer in pairs:
-                store.write_tile(w.inner, 0, {"probability": mapping.percent(answer)})
+                store.write_tile(w.inner, 0, {"probability": percent(answer)})
 
         write = cpu(write_all)
     total = read + network + write
@@ -239,17 +242,18 @@ def scheduler(tiles: int = 10_000) -> Iterator[str]:
     from distributed import Client, LocalCluster
     from distributed.protocol.pickle import dumps
 
-    from minemap import mapping
     from minemap.grid import Grid
+    from minemap.running import graph
     from minemap.scenes import parse_period
     from minemap.store import Store
+    from minemap.supertile import Work
 
     lattice = Grid(32720, 0.0, 10_000_000.0, 100 * 2048, -(-tiles // 100) * 2048)
-    work = [mapping.Work(tile, (0, 8, 0, 8)) for tile in lattice.tiles(2048)][:tiles]
+    work = [Work(tile, (0, 8, 0, 8)) for tile in lattice.tiles(2048)][:tiles]
     with tempfile.TemporaryDirectory() as name:
         job = NullJob(Store(Path(name) / "null.zarr"), parse_period("2023"))
         start = time.process_time()
-        lazy = mapping.graph(work, job)
+        lazy = graph(work, job)
         made = dict(lazy.__dask_graph__())
         spent = time.process_time() - start
         size = len(dumps(made)) / len(work)
@@ -263,10 +267,10 @@ def scheduler(tiles: int = 10_000) -> Iterator[str]:
             lazy[:100].compute()
             before = _resident(), max(client.run(_resident).values())
             start = time.process_time()
-            done = mapping.graph(work, job).compute()
+            done = graph(work, job).compute()
             spent = time.process_time() - start
             after = _resident(), max(client.run(_resident).values())
-            again = mapping.graph(work, job).compute()
+            again = graph(work, job).compute()
             last = _resident(), max(client.run(_resident).values())
     assert done.shape == again.shape == (tiles, 1) and bool((done[:, 0] == 1).all())
     yield f"{spent / tiles * 1e3:.1f} ms CPU of scheduler and client a super-tile, {tiles} super-tiles, 2 workers"
@@ -276,16 +280,17 @@ def scheduler(tiles: int = 10_000) -> Iterator[str]:
 
 def _one_reader() -> None:
     """On a worker: one read at a time, so that a worker uses one core."""
-    from minemap import mapping
 
-    mapping.READ_THREADS = 1
+    from minemap import supertile
+
+    supertile.READ_THREADS = 1
 
 
 def scaling(size: int = 2048, rounds: int = 5) -> Iterator[str]:
     """1 against 2 single-thread workers, each reading and computing in turn (at least 1.7 times as fast)."""
     from distributed import Client, LocalCluster
 
-    from minemap import mapping
+    from minemap import mapping, planning, running
     from minemap.inference import cores
     from minemap.store import Store
 
@@ -298,10 +303,10 @@ def scaling(size: int = 2048, rounds: int = 5) -> Iterator[str]:
         def fresh(client: Any) -> Callable[[], None]:
             def run() -> None:
                 out = folder / f"{next(numbers)}.zarr"
-                made = mapping.plan(bbox, "2023", out, stac=items, chunk=512)
+                made = planning.plan(bbox, "2023", out, stac=items, chunk=512)
                 store = Store(out)
                 job = mapping._job(made, store, mapping._prepare(made, store), cores())
-                mapping._compute(made.work, job, client)
+                running._compute(made.work, job, client)
 
             return run
 

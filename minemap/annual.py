@@ -15,7 +15,8 @@ from .cluster import connect
 from .consistency import make_consistent
 from .errors import InputError, NoItemsError, ReadError
 from .grid import BBox, check_bbox
-from .mapping import Plan, map_area, plan
+from .mapping import map_area
+from .planning import Plan, plan
 from .scenes import around
 from .sites import Site, bounds, read_sites
 from .store import CONSISTENT, Store, check_file, drafted

@@ -21,11 +21,11 @@ import numpy as np
 from .errors import InputError, StoreError
 from .grid import WINDOW, BBox, Grid, check_bbox, pixel_area_km2
 from .inference import NOT_OBSERVED, mine_from
-from .mapping import AOI, inside_aoi
 from .scenes import Period, parse_period
 from .sites import Site, read_sites
 from .store import CONSISTENT, Store
 from .uncertainty import NOWHERE, AreaModel
+from .vectors import AOI, inside_aoi
 
 if TYPE_CHECKING:
     import pandas as pd

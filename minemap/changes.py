@@ -35,12 +35,14 @@ from .compositing import Rule
 from .errors import DamagedTileError, InputError, StoreError
 from .grid import WINDOW, Grid, pixel_area_km2
 from .inference import NOT_OBSERVED, Settings, layout, mine_from, probability
-from .mapping import AOI, Reading, Work, inside_aoi, read_image, run_tiles
 from .reader import Access
+from .running import run_tiles
 from .scenes import SOURCES, Period, Source
 from .scenes import source as source_named
 from .sentinel2 import NODATA
 from .store import Store, parameters_hash
+from .supertile import Reading, Work, read_image
+from .vectors import AOI, inside_aoi
 
 if TYPE_CHECKING:
     import pandas as pd

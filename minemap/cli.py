@@ -197,7 +197,7 @@ def _add_output(p: argparse.ArgumentParser) -> None:
 
 
 def _options(a: argparse.Namespace) -> dict[str, Any]:
-    from .mapping import Options
+    from .planning import Options
 
     options = {f.name: getattr(a, f.name) for f in fields(Options) if hasattr(a, f.name)}
     if a.mask_scl is not None:
@@ -214,7 +214,8 @@ def _numbers(words: list[str], kind: type, name: str) -> tuple[Any, ...]:
 
 def _map(a: argparse.Namespace) -> int:
     bbox = _numbers(a.bbox, float, "--bbox")
-    from .mapping import map_area, plan
+    from .mapping import map_area
+    from .planning import plan
 
     if a.dry_run:
         from .report import estimate

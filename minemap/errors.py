@@ -7,6 +7,8 @@ and exits with the class's `status`.
 from __future__ import annotations
 
 import re
+import sys
+from collections.abc import Callable
 
 
 class MinemapError(Exception):
@@ -59,3 +61,13 @@ def first_line(error: BaseException) -> str:
     text = lines[0] if lines else type(error).__name__
     refused = re.search(r"(Connection refused|Name or service not known|timed out|No route to host)", str(error))
     return refused[1] if refused else text[:200]
+
+
+def exit_status(command: Callable[[], object]) -> int:
+    """Of a module run by itself (`python -m`): what is raised on purpose is told in one line, as `minemap` does."""
+    try:
+        command()
+    except MinemapError as error:
+        print(f"minemap: {error}", file=sys.stderr)
+        return error.status
+    return 0

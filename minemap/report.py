@@ -15,7 +15,7 @@ from .scenes import HALO, Period
 from .store import Store, open_map
 
 if TYPE_CHECKING:
-    from .mapping import Plan
+    from .planning import Plan
 
 # Rough rates, measured on two cores of an AVX512-BF16 server; they serve the estimate and nothing else.
 READ_SECONDS = 2.0e-7  # CPU, a pixel and acquisition: six bands and SCL decoded and composited

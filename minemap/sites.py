@@ -12,7 +12,7 @@ import numpy as np
 
 from .errors import InputError
 from .grid import MAX_LATITUDE, BBox, Grid, check_bbox, grids
-from .mapping import in_zone, inside, read_shapes
+from .vectors import in_zone, inside, read_shapes
 
 if TYPE_CHECKING:
     import geopandas

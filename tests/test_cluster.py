@@ -24,7 +24,9 @@ from minemap.checkpoint import BUNDLED, load_model, load_same
 from minemap.cluster import EXACT, PRESENT, _lacking, check_workers, connect, differences, gpu_share
 from minemap.errors import CheckpointError, ClusterError, TooLittleMemoryError
 from minemap.inference import Runner, Settings
-from minemap.mapping import STAGE, _job, _place, graph, plan
+from minemap.mapping import _job
+from minemap.planning import plan
+from minemap.running import STAGE, _place, graph
 from minemap.store import Store
 
 HERE = {"python": "3.11.7.final.0", "minemap": "0.1.0", "torch": "2.15.0+cu132", "numpy": "2.4.1", "dask": "2026.8.0"}

@@ -16,11 +16,11 @@ from minemap.compositing import Rule
 from minemap.cube import load_layers
 from minemap.errors import InputError, NoItemsError
 from minemap.grid import CELL, Grid, grids
-from minemap.mapping import inside
 from minemap.scenes import acquisition_id, sensor_at, source
 from minemap.sensors import LANDSAT, SENTINEL2, asset_key, one_sensor, scaling, sensor_of
 from minemap.sentinel2 import BANDS
 from minemap.spectral import burn_ratio, disturbance
+from minemap.vectors import inside
 
 KEYS = dict(zip(BANDS, ("blue", "green", "red", "nir08", "swir16", "swir22"), strict=True))
 BOX = (-44.21, -20.18, -44.075, -20.10)

@@ -26,10 +26,11 @@ from minemap.cluster import ClusterError
 from minemap.compositing import Rule, composite
 from minemap.demo import DemoConfig, make_demo
 from minemap.errors import DamagedTileError, InputError, NoItemsError, ReadError, StoreError
-from minemap.mapping import in_zone, inside_aoi, plan
+from minemap.planning import plan
 from minemap.report import describe, estimate, told
 from minemap.scenes import Scenes, moment, parse_period, search
 from minemap.store import Store, write_atomically
+from minemap.vectors import AOI, in_zone, inside_aoi
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*no SCL:UserWarning")
 
@@ -586,7 +587,7 @@ def test_zones_join_without_gap_or_doubling(lon, lat, size, borders, model, tmp_
         grid = Store(part).grid(group)
         percent = stored(part, zone=group).reindex(y=grid.y, x=grid.x, fill_value=255).values
         assert (percent[~grid.owned()] == 255).all(), "a pixel of another zone"
-        asked = grid.inside(box_) & inside_aoi(grid, Store(part).meta / mapping.AOI)
+        asked = grid.inside(box_) & inside_aoi(grid, Store(part).meta / AOI)
         assert asked.any() and (percent[asked] != 255).all(), "a gap"
     assert {name: summary[name] for name in found} == pytest.approx(found, abs=1e-3)
     assert summary["km2_observed"] == summary["km2_total"] > 2

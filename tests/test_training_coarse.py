@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -88,3 +90,10 @@ def test_a_small_square_cuts_the_growth_from_outside() -> None:
     beside = MultiPolygon([square, box(490, 0, 950, 470)])  # the neighbour's growth reaches into the first square
     found = cut_off([beside], Coarsening(closing=20.0), cells=2)
     assert found["alone_over_whole"] < 1
+
+
+def test_a_command_of_its_own_ends_in_a_line(tmp_path):
+    words = [sys.executable, "-m", "minemap.training.coarse", str(tmp_path / "none.gpkg")]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.startswith("minemap: file of outlines") and done.stderr.count("\n") == 1

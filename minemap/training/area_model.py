@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minemap.checkpoint import Checkpoint, load_model
-from minemap.errors import InputError
+from minemap.errors import InputError, exit_status
 from minemap.inference import native_precision, percent
 from minemap.training.card import rewrite
 from minemap.training.chips import IGNORE, Chips, check_leakage, load_chips
@@ -171,4 +172,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status(main))

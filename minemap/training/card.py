@@ -7,6 +7,7 @@ puts the figures into the recipe's `metrics` and renders `README.md` from the re
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minemap.checkpoint import WEIGHTS, Checkpoint, Recipe, load_model, save
-from minemap.errors import InputError
+from minemap.errors import InputError, exit_status
 from minemap.inference import native_precision
 from minemap.sentinel2 import BANDS
 from minemap.training import metrics
@@ -155,9 +156,11 @@ def main(arguments: list[str] | None = None) -> None:
     chips = load_chips(args.chips).split("val").decided()
     rgb = load_chips(args.rgb).split("val").decided() if args.rgb else None
     checkpoint = load_model(args.model)
+    for column in ("block", "category"):
+        chips.column(column)  # what is not there is said now, not after the predictions
     written = write_card(checkpoint, measure(checkpoint, chips, rgb))
     print((written.path / "README.md").read_text())
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status(main))

@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 
 from minemap import models
 from minemap.checkpoint import DEFAULT_MODEL, Recipe, load_model, save
+from minemap.errors import exit_status
 from minemap.inference import native_precision
 from minemap.models.minenetcd import MineNetCD
 from minemap.training import metrics
@@ -83,11 +85,11 @@ def run(chips: str, out: Path, *, seeds: Sequence[int], maps: bool = True) -> No
 def run_seed(chips: str, out: Path, *, seed: int, methods: list[str]) -> list[dict[str, Any]]:
     """Train some methods on one seed, side by side, and read the validation split once."""
     config = make_config(BASE | {"data": [chips], "out": str(out)})
+    _, (held, *_) = load_sets(config)
     recipe = make_recipe(config)
     networks = {method: start(config, seed, method) for method in methods}
     batches = pool(config, recipe, next(iter(networks.values())), pool_folder(config), seed)
     train_heads(networks, batches, config)
-    _, (held, *_) = load_sets(config)
     thresholds = {m: _threshold(p, held) for m, p in predict_both(networks, recipe, held).items()}
     val = load_pairs(chips).split("val").decided()
     answers = predict_both(networks, recipe, val)
@@ -283,10 +285,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--without-maps", action="store_true", help="leave out the difference of two maps")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     args = parser.parse_args(arguments)
+    if args.action == "run" and not args.chips:
+        parser.error("run needs --chips")
     if args.action == "run":
         run(args.chips, args.out, seeds=args.seeds, maps=not args.without_maps)
     print(table(read(args.out)))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status(main))

@@ -35,13 +35,15 @@ from minemap import __version__
 from minemap.compositing import Rule
 from minemap.errors import InputError, NoItemsError, StoreError
 from minemap.grid import CHUNK, BBox, Grid, cell_grid, continuous_lonlat, grids, zone_epsg
-from minemap.mapping import Options, Reading, in_zone, inside, read_image, read_polygons, with_decision
+from minemap.planning import Options
 from minemap.reader import Access
 from minemap.scenes import Period, Scenes, Source, parse_months, parse_period, search, search_area, sensor_at, source
 from minemap.sensors import Sensor, asset_key
 from minemap.sentinel2 import BANDS, SCL
 from minemap.store import Store, write_atomically
+from minemap.supertile import Reading, read_image, with_decision
 from minemap.training.chips import APART, CHIPS_MARK, IGNORE, earth_centred, is_chips
+from minemap.vectors import in_zone, inside, read_polygons
 
 SIZES = (64, 128, 256, 512, 1024, CHUNK)  # pixels; they divide a cell, whose scenes a chip uses
 NEAR = 4  # windows; how far from a chip with a mine land without one is drawn
@@ -254,7 +256,7 @@ def make_chips(
     where a pixel's centre lies in a polygon, 0 elsewhere, 255 not observed; and for each sample its place, date,
     block, split, zone, left and top (metres), lon and lat (of the centre), items. `bands` names the bands. polygons:
     any vector file; layer: of one with several. options: those of a map that say which scenes and how they become an
-    image (`mapping.Options`). Raises subclasses of MinemapError; a call that was cut short goes on when repeated.
+    image (`planning.Options`). Raises subclasses of MinemapError; a call that was cut short goes on when repeated.
     """
     start, how, o = time.monotonic(), rule or ChipRule(), Options.named(options)
     target = _target(out, overwrite=o.overwrite)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import sys
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -20,7 +21,9 @@ from shapely import MultiPolygon, box, concave_hull, transform, unary_union
 from shapely.geometry import shape
 from shapely.geometry.base import BaseGeometry
 
+from minemap.errors import exit_status
 from minemap.training.chips import IGNORE, Chips
+from minemap.vectors import read_shapes
 
 PIXEL = 10.0  # metres, of the chips
 CHIP = 480.0  # metres, side of a small chip
@@ -99,9 +102,9 @@ def summary(pairs: list[tuple[BaseGeometry, BaseGeometry]]) -> dict[str, float]:
 
 def real_pairs(path: str) -> list[tuple[BaseGeometry, BaseGeometry]]:
     """(coarse, validated) outlines of each tile of mine_polygons, metres, in the tile's own UTM zone."""
-    import geopandas as gpd
-
-    layers = {n: gpd.read_file(path, layer=n) for n in ("tiles", "polygons_original", "polygons_annotated")}
+    layers = {
+        n: read_shapes(path, "file of outlines", n) for n in ("tiles", "polygons_original", "polygons_annotated")
+    }
     pairs = []
     for row in range(len(layers["tiles"])):
         one = {name: layer.iloc[[row]] for name, layer in layers.items()}
@@ -172,4 +175,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status(main))

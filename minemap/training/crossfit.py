@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minemap.checkpoint import load_model
-from minemap.errors import InputError
+from minemap.errors import InputError, exit_status
 from minemap.inference import percent
 from minemap.training import metrics
 from minemap.training.area_model import blocks_of, left_out, measured
@@ -171,4 +172,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status(main))

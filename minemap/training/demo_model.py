@@ -8,6 +8,7 @@ of the real world. Its seeds start at 100: scenes of other seeds are unseen.
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,14 @@ from torch import nn
 from minemap.checkpoint import Checkpoint, Recipe, save
 from minemap.compositing import Rule, composite_looks
 from minemap.demo import DemoConfig, observe, plan_looks
+from minemap.errors import exit_status
 from minemap.inference import keep_freed_memory, native_precision
 from minemap.landscape import make_landscape
 from minemap.models.fill import fill_absent
 from minemap.models.minec2fnet import MineC2FNet, teacher_network
 from minemap.sentinel2 import BANDS
 from minemap.tiles import Layout, run_windows
+from minemap.training.loop import check_device
 from minemap.training.losses import IGNORE, LossWeights, student_loss
 
 NAME = "demo-2026"
@@ -195,6 +198,7 @@ def train(out: Path, device: str = "cpu") -> Checkpoint:
 
     device: "cpu" or "cuda", of the training alone.
     """
+    check_device(device)
     torch.manual_seed(0)
     torch.set_num_threads(1)  # small layers: a second thread mostly waits
     keep_freed_memory(2**30, 2**31 - 1)
@@ -224,9 +228,14 @@ def judge(checkpoint: Checkpoint) -> dict[str, Any]:
     return {"mine_iou": round(float(np.mean(list(found.values()))), 1), "mine_iou_by_scene": found}
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(arguments: list[str] | None = None) -> None:
+    """Train the demo's model on synthetic scenes."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("out", type=Path, help="folder of the checkpoint")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     train(args.out, args.device)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status(main))

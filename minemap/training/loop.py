@@ -457,9 +457,13 @@ def _trim_log(out: Path, epoch: int) -> None:
     draft.replace(out / LOG)
 
 
+def check_device(device: str) -> None:
+    if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
+        raise InputError(f"device {device!r} is not here: give cpu, or cuda where torch finds a GPU")
+
+
 def _prepare_torch(config: TrainConfig) -> None:
-    if config.device != "cpu" and not (config.device.startswith("cuda") and torch.cuda.is_available()):
-        raise InputError(f"device {config.device!r} is not here: give cpu, or cuda where torch finds a GPU")
+    check_device(config.device)
     torch.set_num_threads(config.threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
     keep_freed_memory(2**30, 2**31 - 1)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
@@ -25,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minemap.checkpoint import Checkpoint
-from minemap.errors import InputError
+from minemap.errors import InputError, exit_status
 from minemap.inference import native_precision
 from minemap.training import metrics
 from minemap.training.chips import Chips, load_chips
@@ -285,6 +286,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
     parser.add_argument("--workers", type=int, default=1, help="runs at a time, a core each (1)")
     args = parser.parse_args(arguments)
+    if args.action == "run" and not args.chips:
+        parser.error("run needs --chips")
     if args.action == "run":
         options = {key: getattr(args, key) for key in ("draws", "methods", "coarse", "device", "workers")}
         run(args.chips, args.out, **options)
@@ -292,4 +295,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status(main))

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from minemap.checkpoint import Checkpoint, load_model
-from minemap.errors import InputError
+from minemap.errors import InputError, exit_status
 from minemap.inference import native_precision
 from minemap.training import metrics
 from minemap.training.card import rewrite
@@ -84,4 +85,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status(main))

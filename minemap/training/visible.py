@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 
 from minemap import models
 from minemap.checkpoint import Checkpoint, load_model, save
-from minemap.errors import InputError
+from minemap.errors import InputError, exit_status
 from minemap.models.minec2fnet import VISIBLE
 
 
@@ -59,4 +60,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status(main))
