@@ -181,7 +181,11 @@ def _map_years(job: _Job, out: str | Path, options: dict[str, Any], **how: Any) 
     own = dict(options)
 
     def one(year: int) -> None:
-        map_area(job.bbox, str(year), out, **how, **own)
+        try:
+            map_area(job.bbox, str(year), out, **how, **own)
+        except ReadError:  # all but what can't be read was made
+            own["overwrite"] = False
+            raise
         own["overwrite"] = False  # what this run has made stays
 
     _by_year(job, one)

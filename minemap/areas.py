@@ -22,6 +22,7 @@ from .errors import InputError, StoreError
 from .grid import WINDOW, BBox, Grid, check_bbox, pixel_area_km2
 from .inference import NOT_OBSERVED, mine_from
 from .scenes import Period, parse_period
+from .sensors import asset_key
 from .sites import Site, read_sites
 from .store import CONSISTENT, Store
 from .uncertainty import NOWHERE, AreaModel
@@ -55,10 +56,11 @@ def area_table(
     area_km2_lower, area_km2_upper, the estimate and its 90 % bounds (NaN where the model knows no errors);
     observed_fraction of the site; gain_km2 and loss_km2 against the row before, on the pixels observed in both, which
     are common_observed_fraction of the site (NaN in a site's first row); poorly_observed, a flag: observed_fraction
-    below POOR; extrapolated, a flag: the model's errors were not measured under such conditions, nor ever for
-    "probability_consistent", so that the bounds are not to be trusted; period, first and last day; site_area_km2,
-    seen or not. All other areas are of observed pixels: what was not seen is in none of them, and where nothing was
-    seen they are NaN, as for a site outside the map. All are on the ellipsoid. Raises InputError, StoreError.
+    below POOR; extrapolated, a flag: the model's errors were not measured under such conditions (region, resolution,
+    bands, share of mine), nor ever for "probability_consistent", so that the bounds are not to be trusted; period,
+    first and last day; site_area_km2, seen or not. All other areas are of observed pixels: what was not seen is in
+    none of them, and where nothing was seen they are NaN, as for a site outside the map. All are on the ellipsoid.
+    Raises InputError, StoreError.
     """
     store = Store.at(path)
     chosen = _sites(sites, bbox, buffer)
@@ -67,7 +69,7 @@ def area_table(
     limit = about["recipe"]["threshold"] if threshold is None else check_threshold(threshold)
     tallies = _tally(store, chosen, periods, mine_from(limit), layer)
     model = AreaModel.of(about["recipe"], about["parameters"]["resolution"])
-    if model is not None and layer == CONSISTENT:
+    if model is not None and (layer == CONSISTENT or _lacks_a_band(store, about["recipe"]["bands"])):
         model = replace(model, region=NOWHERE)  # as if measured nowhere
     return _table(tallies, periods, mine_from(limit), model)
 
@@ -120,6 +122,16 @@ def _periods(store: Store, years: Sequence[int] | None, layer: str) -> list[Peri
         names = ", ".join(map(str, found))
         raise InputError(f"{store.path} has no map of {', '.join(str(p.start.year) for p in wanted)}: it has {names}")
     return wanted
+
+
+def _lacks_a_band(store: Store, bands: Sequence[str]) -> bool:
+    """Whether none of a map's scenes has some band that its model learned from. Without a list of scenes: no."""
+    left = set(bands)
+    for item in store.items():
+        left -= {band for band in left if asset_key(item, band)}
+        if not left:
+            return False
+    return left != set(bands)
 
 
 def _is_consistent(store: Store, group: str) -> bool:
@@ -178,21 +190,21 @@ class Tally:
 
 
 def _tally(store: Store, sites: list[Site], periods: list[Period], limit: int, layer: str) -> dict[str, Tally]:
-    """Reads each super-tile once, whatever the number of sites in it; holds one super-tile at a time."""
+    """Reads each super-tile once, whatever the number of sites in it; holds one super-tile and one mask at a time."""
     about = store.attributes()["parameters"]
     tallies = {site.name: Tally.empty(len(periods)) for site in sites}
     tiles = _by_tile(store, sites, about["chunk"], about["resolution"])
     if not tiles.keys() & set(computed_tiles(store)):
         raise InputError(f"{store.path} holds nothing of the asked places: map them first")
     for tile, present in tiles.items():
-        masks = {site.name: _mask(store, site, tile, periods) for site in present}
-        masks = {name: mask for name, mask in masks.items() if mask.any()}
-        if not masks:
-            continue
-        values, area = read_periods(store, tile, periods, layer), pixel_area_km2(tile)
-        for name, mask in masks.items():
-            tallies[name].add(values[:, mask], area[mask], limit)
-            tallies[name].boxes.append(_around(mask, tile))
+        read: tuple[np.ndarray, np.ndarray] | None = None
+        for site in present:
+            mask = _mask(store, site, tile, periods)
+            if not mask.any():
+                continue
+            values, area = read = read or (read_periods(store, tile, periods, layer), pixel_area_km2(tile))
+            tallies[site.name].add(values[:, mask], area[mask], limit)
+            tallies[site.name].boxes.append(_around(mask, tile))
     return tallies
 
 

@@ -56,9 +56,9 @@ def _past(evidence: np.ndarray, times: Sequence[float]) -> np.ndarray:
     """Log odds of mine in each year from the years before it, float32 (time, y, x); even odds at the start."""
     out = np.zeros_like(evidence)
     for n in range(1, len(times)):
-        chance = 1 / (1 + np.exp(-(out[n - 1] + evidence[n - 1])))
+        odds = np.exp(out[n - 1] + evidence[n - 1])
         move = transition(times[n] - times[n - 1])
-        out[n] = _log_odds(move[0, 1] + chance * (move[1, 1] - move[0, 1]))
+        out[n] = np.log((move[0, 1] + move[1, 1] * odds) / (move[0, 0] + move[1, 0] * odds))
     return out
 
 

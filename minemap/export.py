@@ -144,7 +144,7 @@ def write_geoparquet(frame: geopandas.GeoDataFrame, out: Path) -> None:
 
 def write_geojson(frame: geopandas.GeoDataFrame, out: Path) -> None:
     """RFC 7946: degrees to 1 cm, exteriors anticlockwise, cut at the antimeridian."""
-    frame.to_file(out, driver="GeoJSON", RFC7946="YES", COORDINATE_PRECISION=7, **_kind(frame))
+    frame.to_file(out, driver="GeoJSON", layer="footprint", RFC7946="YES", COORDINATE_PRECISION=7, **_kind(frame))
 
 
 def write_geopackage(frame: geopandas.GeoDataFrame, out: Path) -> None:
@@ -255,7 +255,7 @@ def write_picture(data: xr.Dataset, out: Path, *, threshold: float | None, store
     axes[0].imshow(ground, extent=extent, interpolation="nearest")
     mine = percent >= mine_from(limit)  # never where it is NaN, not observed
     if mine.any() and not mine.all():
-        axes[0].contour(mine[::-1], levels=[0.5], colors="yellow", linewidths=0.8, extent=extent)
+        axes[0].contour(mine[::-1], levels=[0.5], colors="yellow", linewidths=0.8, extent=extent, origin="lower")
     axes[0].set_title(f"{about['parameters']['sensor'].capitalize()} composite, footprint outlined")
     shown = axes[1].imshow(percent, extent=extent, vmin=0, vmax=100, cmap="inferno", interpolation="nearest")
     axes[1].set_facecolor("lightgrey")

@@ -67,9 +67,10 @@ class Frame:
         return to_degrees.transform((left + right) / 2, (bottom + top) / 2)
 
     def grid(self, resolution: float) -> tuple[Affine, tuple[int, int]]:
-        """Transform and (height, width) of a picture with pixels of `resolution` metres."""
+        """Transform and (height, width) of a picture with pixels of `resolution` metres at most, whole ones."""
         width, height = (math.ceil(side / resolution) for side in self.size)
-        return Affine(resolution, 0, self.bounds[0], 0, -resolution, self.bounds[3]), (height, width)
+        step = self.size[0] / width, self.size[1] / height
+        return Affine(step[0], 0, self.bounds[0], 0, -step[1], self.bounds[3]), (height, width)
 
 
 def export_page(

@@ -105,12 +105,15 @@ def _whole(shape: shapely.Geometry, buffer: float | None) -> shapely.Geometry:
     import shapely
     from shapely.affinity import translate
 
-    area = shapely.make_valid(shape if buffer is None else _buffered(shape, buffer))
+    if buffer is not None:  # part by part: the middle of what is cut at the antimeridian lies across the Earth
+        parts = shapely.get_parts(shapely.get_parts(shape))  # of the parts of a collection
+        shape = shapely.union_all([_buffered(part, buffer) for part in parts])
+    area = shapely.make_valid(shape)
     return shapely.union_all([translate(area, dx).intersection(shapely.box(*WORLD)) for dx in (-360, 0, 360)])
 
 
 def _buffered(shape: shapely.Geometry, metres: float) -> shapely.Geometry:
-    """All within `metres` of a shape, in degrees; in a projection that keeps distances from the shape's middle."""
+    """All within `metres` of one part of a shape, degrees; in a projection that keeps distances from its middle."""
     import shapely
     from pyproj import Transformer
 

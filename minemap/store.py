@@ -388,8 +388,7 @@ class Store:
     def write_items(self, items: list[Item]) -> None:
         """Adds items to those that were used, one file each and all in `items.json`, an ItemCollection."""
         self.keep_items(items)
-        names = sorted((self.meta / "items").glob("*.json.gz"))
-        every = [json.loads(gzip.decompress(name.read_bytes())) for name in names]
+        every = list(self.items())
         write_atomically(self.meta / "items.json", json.dumps({"type": "FeatureCollection", "features": every}))
 
     def keep_items(self, items: list[Item]) -> None:
@@ -397,8 +396,17 @@ class Store:
         for item in items:
             write_atomically(self.meta / "items" / f"{file_name(item['id'])}.json.gz", json.dumps(item))
 
+    def items(self) -> Iterator[Item]:
+        """The items that were used, by id; none where the meta folder is lost."""
+        for path in sorted((self.meta / "items").glob("*.json.gz")):
+            yield _item(path)
+
     def read_item(self, name: str) -> Item:
-        return json.loads(gzip.decompress((self.meta / "items" / f"{file_name(name)}.json.gz").read_bytes()))
+        return _item(self.meta / "items" / f"{file_name(name)}.json.gz")
+
+
+def _item(path: Path) -> Item:
+    return json.loads(gzip.decompress(path.read_bytes()))
 
 
 def file_name(name: str) -> str:

@@ -209,9 +209,18 @@ def test_a_year_with_an_unreadable_file_keeps_no_other_from_being_made(land, opt
     some = {**options, "model": model, "stac": tmp_path / "items.json"}
     with pytest.raises(ReadError, match=r"2019 not mapped whole: 1 of 1 super-tiles can't be read.*missing\.tif"):
         series(land.bbox, [2019, 2020], tmp_path / "map.zarr", **some)
-    store = Store(tmp_path / "map.zarr")
-    done = {str(p)[:4]: len(store.done(group, p)) for group in store.groups() for p in store.periods(group)}
-    assert done == {"2019": 0, "2020": 1}
+    assert done_by_year(tmp_path / "map.zarr") == {"2019": 0, "2020": 1}
+    west, south, east, north = land.bbox
+    wider = (west, south, east + 0.3, north)  # into a cell that no scene reaches
+    with pytest.raises(ReadError, match="2019 not mapped whole: 2 of 8"):
+        series(wider, [2019, 2020], tmp_path / "map.zarr", overwrite=True, **some)
+    done = done_by_year(tmp_path / "map.zarr")
+    assert done == {"2019": 6, "2020": 8}  # the store is made anew once
+
+
+def done_by_year(path):
+    store = Store(path)
+    return {str(p)[:4]: len(store.done(group, p)) for group in store.groups() for p in store.periods(group)}
 
 
 def test_a_dry_run_leaves_out_years_without_scenes(land, options, tmp_path):

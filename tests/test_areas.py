@@ -9,7 +9,7 @@ import geopandas
 import numpy as np
 import pytest
 from pyproj import Geod
-from shapely.geometry import MultiPolygon, Point, Polygon, box
+from shapely.geometry import MultiPoint, MultiPolygon, Point, Polygon, box
 
 from minemap.areas import POOR, area_table, first_year
 from minemap.checkpoint import load_model
@@ -247,6 +247,22 @@ def test_sites_across_the_antimeridian(tmp_path, model):
     geopandas.GeoDataFrame(geometry=[Point(179.999, -17)], crs=4326).to_file(tmp_path / "point.gpkg")
     west, _, east, _ = bounds(read_sites(tmp_path / "point.gpkg", buffer=500))
     assert west > 179.99 and east < -179.99
+
+
+@pytest.mark.parametrize("buffer", [200, 2000])
+def test_a_buffer_around_a_site_that_is_cut_at_the_antimeridian(buffer, tmp_path):
+    """The same place, cut there and whole elsewhere: each part is buffered around itself."""
+    cut = MultiPolygon([box(179.98, -17.02, 180, -16.98), box(-180, -17.02, -179.98, -16.98)])
+    shapes = [cut, box(9.98, -17.02, 10.02, -16.98), MultiPoint([(-60, -17), (110, -17)]), Point(20, -17)]
+    frame = geopandas.GeoDataFrame({"name": list("abcd")}, geometry=shapes, crs=4326)
+    frame.to_file(tmp_path / "s.geojson")
+    sites = read_sites(tmp_path / "s.geojson", buffer=buffer)
+    cut_km2, whole_km2, two_km2, one_km2 = (
+        abs(Geod(ellps="WGS84").geometry_area_perimeter(s.area)[0]) for s in sites
+    )
+    assert cut_km2 == pytest.approx(whole_km2, rel=1e-4) and two_km2 == pytest.approx(2 * one_km2, rel=1e-4)
+    reach = buffer / 1000 / 100  # degrees of longitude, at most
+    assert bounds(sites[:1]) == pytest.approx((179.98, -17.02, -179.98, -16.98), abs=reach)
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,12 @@ def test_every_sequence_of_states():
     np.testing.assert_array_equal(found == 255, percent == 255)
 
 
+def test_many_periods_of_one_day():
+    """As much for as against, at the same time: nothing is known. In single precision, however many there are."""
+    percent = np.array([100] * 6 + [0] * 6, np.uint8).reshape(-1, 1, 1)
+    np.testing.assert_array_equal(smooth(percent, [2020] * 12, 0.5).ravel(), [50] * 12)
+
+
 def test_a_year_alone_stays_as_it_was():
     percent = np.arange(101, dtype=np.uint8).reshape(1, 1, 101)
     expected = np.clip(percent, 100 * CERTAIN, 100 - 100 * CERTAIN)

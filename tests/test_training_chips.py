@@ -14,7 +14,7 @@ from minemap.inference import native_precision
 from minemap.sentinel2 import BANDS
 from minemap.training import batches
 from minemap.training.batches import make_batch, place
-from minemap.training.chips import IGNORE, Chips, check_leakage, draw_blocks, keep_bands, load_chips
+from minemap.training.chips import IGNORE, Chips, away_from, check_leakage, draw_blocks, keep_bands, load_chips
 from minemap.training.config import TOA_OFFSET, TrainConfig, make_config
 from minemap.training.loop import make_recipe
 
@@ -232,6 +232,26 @@ def test_what_a_warp_takes_from_absent_pixels_is_not_counted() -> None:
     assert absent.any() and (y[absent] == IGNORE).all()
 
 
+def test_a_set_without_rows_is_not_drawn_from() -> None:
+    nothing = {"sample": np.zeros(0, str), "date": np.zeros(0, str)}
+    empty = Chips(np.zeros((0, 6, 448, 448), np.float32), np.zeros((0, 448, 448), np.uint8), nothing)
+    for sets in ([_chips(0.2), empty], [empty, _chips(0.2)]):
+        x, _ = _batch(sets, sizes=(256,), scene=128)
+        assert x.shape[2:] == (256, 256)
+
+
+def test_places_of_boxes_count_too() -> None:
+    """Files that say where a chip's corners lie are kept apart as those that say where its middle lies."""
+    at = {"lon": np.array(["-60.0", "-60.03", "-61"]), "lat": np.array(["-3"] * 3)}
+    boxes = {"west": np.array(["-60.01"]), "east": np.array(["-59.99"]), "south": np.array(["-3.01"])}
+    boxes |= {"north": np.array(["-2.99"])}
+    three, one = (
+        Chips(np.zeros((n, 6, 48, 48)), np.zeros((n, 48, 48), np.uint8), c) for n, c in ((3, at), (1, boxes))
+    )
+    assert away_from(three, one).column("lon").tolist() == ["-61"]
+    assert len(away_from(one, three)) == 0 and len(away_from(one, three.where(np.array([False, False, True])))) == 1
+
+
 @pytest.mark.parametrize(
     ("option", "value", "others"),
     [
@@ -245,6 +265,7 @@ def test_what_a_warp_takes_from_absent_pixels_is_not_counted() -> None:
         ("schedule", "plateau", {"keep": "last"}),
         ("bands", ["red", "thermal"], {}),
         ("precision", "fp16", {}),
+        ("attention", 1.0, {"architecture": "minec2fnet"}),
     ],
 )
 def test_impossible_options(option: str, value: object, others: dict[str, object]) -> None:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minemap.checkpoint import Checkpoint, load_model
+from minemap.checkpoint import Checkpoint, load_model, save
 from minemap.errors import InputError
 from minemap.sentinel2 import BANDS
 from minemap.training import commands, continual, metrics
@@ -87,6 +87,14 @@ def test_what_does_not_fit_together_is_refused(chips: str, teacher: str, tmp_pat
         train(_config(chips, tmp_path / "b", start="south-america-2026", selection="none", encoder=None))
     with pytest.raises(InputError, match="has other layers"):
         train(_config(chips, tmp_path / "b", start="south-america-2026", selection="none"))
+    turned = {"bands": ["red", "green", "blue", "nir", "swir16", "swir22"], "architecture": "fpn"}
+    for role in ("start", "teacher"):
+        with pytest.raises(InputError, match=f"{role} .* sees blue, green, .* not red, green"):
+            train(_config(chips, tmp_path / "b", **turned, **{role: teacher}))
+    own = load_model(teacher)
+    other = save(tmp_path / "other", own.network(), replace(own.recipe, mean=(0.1,) * 6))
+    with pytest.raises(InputError, match="scales its bands otherwise"):
+        train(_config(chips, tmp_path / "b", architecture="fpn", start=str(other.path)))
     with pytest.raises(InputError, match="a unet does not start from a teacher"):
         train(_config(chips, tmp_path / "c", architecture="unet", teacher=teacher, selection="none"))
     with pytest.raises(InputError, match=r"no chip to learn from in .*split 'test'"):
@@ -444,6 +452,8 @@ def test_a_plateau_halves_the_rate_and_ends_the_run(chips: str, tmp_path: Path) 
     state = torch.load(tmp_path / STATE, weights_only=True)["state"]
     assert state["best_epoch"] == 0 and state["epoch"] == 6  # five epochs without a better one
     assert state["factor"] == 0.25  # after two of them, and two more
+    train(_config(chips, tmp_path / "w", learning_rate=0.0, warmup=3, patience=2, stop=5, ema=0.99999, **options))
+    assert torch.load(tmp_path / "w" / STATE, weights_only=True)["state"]["factor"] == 0.5  # those after the warm-up
 
 
 def test_a_run_leaves_no_drafts(chips: str, tmp_path: Path) -> None:

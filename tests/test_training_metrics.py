@@ -89,6 +89,9 @@ def test_boundary_f1_of_a_shifted_square() -> None:
 def test_boundary_ignores_the_edge_and_undecided_pixels() -> None:
     mask = np.ones((1, 20, 20), np.uint8)
     assert np.isnan(metrics.boundary_f1(mask == 1, mask))
+    square = np.pad(np.ones((1, 8, 8), np.uint8), ((0, 0), (6, 6), (6, 6)))
+    assert metrics.boundary_f1(np.zeros((1, 20, 20), bool), square) == 0  # nothing found of what is there
+    assert metrics.boundary_f1(square == 1, np.zeros_like(mask)) == 0
     mask[0, :, 10:] = metrics.IGNORE
     assert np.isnan(metrics.boundary_f1(np.ones((1, 20, 20), bool), mask))
 

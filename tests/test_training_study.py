@@ -73,7 +73,7 @@ def test_finished_runs_are_skipped(tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", study.METHODS)
 def test_every_method_is_a_configuration(method: str) -> None:
     config = make_config(study.BASE | study.METHODS[method] | {"out": "x"})
-    assert config.rows == ("rest" if method == study.TEACHER else "fine")
+    assert config.rows == {study.TEACHER: "rest", "fpn_all": "all"}.get(method, "fine")
 
 
 def _negatives() -> tuple[np.ndarray, Chips]:

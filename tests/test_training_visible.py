@@ -16,7 +16,7 @@ from minemap.sentinel2 import BANDS
 from minemap.training import encoders
 from minemap.training.config import make_config
 from minemap.training.loop import MEAN, STD, make_recipe, start_network
-from minemap.training.visible import combine
+from minemap.training.visible import combine, move_threshold
 
 SMALL = {"encoder": "tu-regnetx_002", "group_width": 8}
 ENCODER = "tu-tf_efficientnet_lite0"
@@ -54,6 +54,19 @@ def test_each_kind_of_image_keeps_its_answer_and_one_threshold_holds(tmp_path: P
         assert 0 < shown.float().mean() < 1
     assert both.recipe.threshold == 0.6
     assert both.recipe.training["visible"] == {"imagenet": True}
+
+
+def test_another_threshold_is_not_that_of_images_without_infrared(tmp_path: Path) -> None:
+    full = _checkpoint(tmp_path / "full", 0.6, BANDS, **SMALL)
+    visible = _checkpoint(tmp_path / "visible", 0.3, BANDS[:3], encoder="resnet18", gated_fusion=False)
+    both = combine(full, visible, tmp_path / "both").network()
+    x = torch.randn(2, 6, 64, 64)
+    rgb = torch.where(torch.arange(6)[:, None, None] < 3, x, 0)
+    with torch.no_grad():
+        before, shown = both(x), both(rgb).sigmoid() >= 0.6
+        move_threshold(both, 0.6, 0.45)
+        assert torch.equal(both(x), before)
+        assert torch.equal(both(rgb).sigmoid() >= 0.45, shown)
 
 
 def test_networks_that_do_not_fit_are_refused(tmp_path: Path) -> None:

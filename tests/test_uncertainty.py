@@ -7,11 +7,14 @@ from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
+from conftest import item
 from test_areas import BOX, store_of
 
 from minemap.areas import area_table
 from minemap.checkpoint import WEIGHTS, available, load_model
 from minemap.errors import InputError
+from minemap.sentinel2 import BANDS
+from minemap.store import Store
 from minemap.training.area_model import Blocks, blocks_of, build, fit, keep, left_out, measured
 from minemap.training.chips import Chips
 from minemap.uncertainty import AreaModel, spread
@@ -114,6 +117,17 @@ def test_kept_in_the_recipe_and_used_by_the_table(model, tmp_path):
     half = np.zeros(256)
     half[[2, 95]] = 1.0
     assert elsewhere.extrapolates(half, [BOX]) and not errors.extrapolates(half, [BOX])
+
+
+@pytest.mark.parametrize("bands", [BANDS, BANDS[:3]])
+def test_bands_that_no_scene_has(bands, model, tmp_path):
+    """The errors were measured with all bands of the model: of a map without infrared they tell nothing."""
+    folder = shutil.copytree(model, tmp_path / "model")
+    keep(load_model(folder), replace(MODEL, region=WORLD, shares=(0.0, 1.0)))
+    path = store_of(tmp_path / "map.zarr", BOX, (2020,), lambda grid, _: np.full(grid.shape, 80), folder)
+    Store(path).write_items([item("a", "2020-06-01", BOX, dict.fromkeys(bands, "x.tif"))])
+    (row,) = area_table(path, bbox=BOX).itertuples()
+    assert row.area_km2 > 0 and row.extrapolated == (bands != BANDS)
 
 
 def test_without_measured_errors_there_is_no_estimate(model, tmp_path):

@@ -7,8 +7,10 @@ The answer is one logit a pixel, "mine after and not before": two classes. The d
 network with its dates swapped answers "mine before and not after". What is ours:
 
 - Absent pixels of a date are filled by mirroring first (fill.py), as in MineC2FNet.
-- The decoder has no batch norm in its pooling pyramid, whose coarsest level is one cell a window: statistics over
-  a batch of a few large windows would spoil it. The differences are normalised over channels, pixel by pixel.
+- The levels of the decoder's pooling pyramid have no batch norm: the coarsest is one cell a window, and statistics
+  over a batch of a few large windows would spoil it. (The convolution that joins them keeps smp's.) The differences
+  are normalised over channels, pixel by pixel.
+- Trained with cross-entropy and half of Dice, AdamW and the schedules of training/config.py.
 
 The Fourier transform sees the whole window, so the same place in another window has another answer: maps of change
 are made in windows at fixed places.

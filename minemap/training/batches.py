@@ -58,6 +58,7 @@ def make_batch(
 
 def _draw(sets: list[Chips], config: TrainConfig, rng: Generator) -> list[Window]:
     """The windows of a batch, all of one size, fewer of the larger ones for the same number of pixels."""
+    sets = [s for s in sets if len(s)]
     size = int(rng.choice(config.sizes))
     count = max(2, round(config.batch * (config.sizes[0] / size) ** 2))
     large = [s for s in sets if s.image.shape[-1] > config.scene]

@@ -207,12 +207,22 @@ def earth_centred(lon: NDArray[np.float64], lat: NDArray[np.float64]) -> NDArray
     return np.column_stack(Transformer.from_crs(4979, 4978, always_xy=True).transform(lon, lat, np.zeros_like(lon)))
 
 
+def _middles(chips: Chips) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
+    """Longitude and latitude of the chips' middles, degrees, (n,) each, where they say it, or their corners."""
+    for x, y in (("lon",), ("lat",)), (("west", "east"), ("south", "north")):
+        if {*x, *y} <= chips.columns.keys():
+            lon, lat = (np.mean([chips.column(name).astype(float) for name in names], axis=0) for names in (x, y))
+            return lon, lat
+    return None
+
+
 def away_from(chips: Chips, others: Chips) -> Chips:
     """The rows at least APART from all of `others`; all, where either does not say where its chips lie."""
-    if not all(len(c) and {"lon", "lat"} <= c.columns.keys() for c in (chips, others)):
-        return chips
     both = chips, others
-    here, there = (earth_centred(*(c.column(name).astype(float) for name in ("lon", "lat"))) for c in both)
+    middles = [_middles(c) for c in both]
+    if not all(len(c) and m is not None for c, m in zip(both, middles, strict=True)):
+        return chips
+    here, there = (earth_centred(*m) for m in middles if m is not None)
     corners = sum(math.hypot(*c.mask.shape[1:]) * c.resolution / 2 for c in both)  # from the middles
     return chips.where(cKDTree(there).query(here)[0] >= APART + corners)
 

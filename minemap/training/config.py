@@ -117,6 +117,7 @@ class TrainConfig:
             "scatter_cell": not any(size % self.cells(size) for size in self.sizes if size >= self.scene),
             "replay": not self.replay or self.rows == "fine",  # it draws from the others
             "derived": all(set(DERIVED.get(name, "?")) <= set(self.bands) for name in self.derived),
+            "attention": not self.attention or not self.architecture.startswith("mine"),  # LwM's: of a baseline
             "blend": not (self.blend and self.architecture == "minenetcd"),  # would mix a pair's two orders
         }
         wrong = [key for key, good in checks.items() if not good]

@@ -66,7 +66,7 @@ def train(config: TrainConfig) -> Checkpoint:
     # Network, teacher, optimiser
     torch.manual_seed(config.seed)
     recipe = replace(make_recipe(config), resolution=_resolution(sets))
-    teacher = _teacher(config)
+    teacher = _teacher(config, recipe)
     network = _move(start_network(config, recipe, teacher), config)
     replay = load_replay(config, teacher, recipe)
     averaged = _averaged(network, config)
@@ -260,10 +260,13 @@ def start_network(config: TrainConfig, recipe: Recipe, teacher: nn.Module | None
     if config.imagenet and config.start is None and (teacher is None or config.fresh):
         name = _encoder(config) or models.BASELINES.get(config.architecture, ("", DEFAULT_ENCODER))[1]
         load_imagenet(network.encoder, name, (*recipe.bands, *recipe.derived))
-    if config.start is not None and isinstance(network, MineNetCD):
-        network.start_from(load_model(config.start).network())
-    elif config.start is not None:
-        _go_on_from(network, load_model(config.start), config)
+    before = None if config.start is None else load_model(config.start)
+    if before is not None:
+        _check_input("start", before, recipe)
+    if before is not None and isinstance(network, MineNetCD):
+        network.start_from(before.network())
+    elif before is not None:
+        _go_on_from(network, before, config)
     elif isinstance(network, MineC2FNet):
         # Without a teacher, its own encoder as it starts is the frozen one
         network.start_from(teacher or network, fresh=config.fresh or teacher is None)
@@ -272,6 +275,15 @@ def start_network(config: TrainConfig, recipe: Recipe, teacher: nn.Module | None
             raise InputError(f"a {config.architecture} does not start from a teacher, which is an fpn: leave it out")
         network.load_state_dict(teacher.state_dict())
     return network
+
+
+def _check_input(role: str, before: Checkpoint, recipe: Recipe) -> None:
+    """Raises InputError unless a network before this one takes the same channels, scaled alike."""
+    theirs, ours = (", ".join((*r.bands, *r.derived)) for r in (before.recipe, recipe))
+    if theirs != ours:
+        raise InputError(f"{role} {before.path} sees {theirs}, not {ours}: take one of the same bands in this order")
+    if (before.recipe.mean, before.recipe.std) != (recipe.mean, recipe.std):
+        raise InputError(f"{role} {before.path} scales its bands otherwise than training does: take another")
 
 
 def _go_on_from(network: nn.Module, before: Checkpoint, config: TrainConfig) -> None:
@@ -289,17 +301,14 @@ def _go_on_from(network: nn.Module, before: Checkpoint, config: TrainConfig) -> 
         )
 
 
-def _teacher(config: TrainConfig) -> nn.Module | None:
+def _teacher(config: TrainConfig, recipe: Recipe) -> nn.Module | None:
     if config.teacher is None:
         return None
     checkpoint = load_model(config.teacher)
-    recipe = checkpoint.recipe
-    if recipe.architecture != "fpn":
-        raise InputError(f"teacher {config.teacher} is a {recipe.architecture}: it must be an fpn")
-    if (recipe.bands, recipe.derived) != (config.bands, config.derived):
-        seen, asked = (", ".join((*c.bands, *c.derived)) for c in (recipe, config))
-        raise InputError(f"teacher {config.teacher} sees {seen}, not {asked}: train one on the same bands")
-    own = recipe.options.get("encoder_name", DEFAULT_ENCODER)
+    if checkpoint.recipe.architecture != "fpn":
+        raise InputError(f"teacher {config.teacher} is a {checkpoint.recipe.architecture}: it must be an fpn")
+    _check_input("teacher", checkpoint, recipe)
+    own = checkpoint.recipe.options.get("encoder_name", DEFAULT_ENCODER)
     if config.start is None and config.encoder not in (None, own):
         raise InputError(f"encoder {config.encoder} is not the teacher's: leave it out, and {own} is taken")
     return _move(checkpoint.network(), config)
@@ -370,8 +379,8 @@ def _age(state: dict[str, Any]) -> int:
 
 
 def _advance(state: dict[str, Any], config: TrainConfig, *, better: bool, score: float) -> None:
-    """Count the epoch; halve the rate after `patience` epochs without a better score."""
-    state["since"] = 0 if better else state["since"] + 1
+    """Count the epoch; halve the rate after `patience` epochs without a better score, none of them a warm-up's."""
+    state["since"] = 0 if better or state["epoch"] < config.warmup else state["since"] + 1
     if better:
         state["best"], state["best_epoch"] = score, state["epoch"]
     if state["since"] >= config.patience:

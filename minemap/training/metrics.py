@@ -69,8 +69,13 @@ def report(probability: Floats, mask: Masks, threshold: float) -> dict[str, floa
 
 
 def boundary_f1(predicted: NDArray[np.bool_], mask: Masks, tolerance: int = TOLERANCE) -> float:
-    """F1 of boundary pixels that have a partner within `tolerance` pixels, pooled; ignored pixels left out."""
+    """F1 of boundary pixels that have a partner within `tolerance` pixels, pooled; ignored pixels left out.
+
+    NaN where neither has a boundary, 0 where one of them has none.
+    """
     hits = np.sum([_boundary_hits(p, m, tolerance) for p, m in zip(predicted, mask, strict=True)], axis=0)
+    if hits[1] + hits[3] and not (hits[0] and hits[2]):
+        return 0.0
     precision, recall = _ratio(hits[0], hits[1]), _ratio(hits[2], hits[3])
     return _ratio(2 * precision * recall, precision + recall)
 

@@ -4,7 +4,8 @@ A tenth of the blocks are few chips, and how much of them is mine is chance: the
 draw has wide bounds. So the same recipe is trained again with other blocks held out (`holdout_seed`), each network
 answers for its own, and the answers are pooled (cross-fitting: Stone 1974, Journal of the Royal Statistical Society
 B 36:111-147). `python -m minemap.training.threshold MODEL OTHER... --chips mines6/chips.npz` writes the threshold
-into MODEL's recipe; the weights are not touched. Card and errors of areas are to be measured again afterwards.
+into MODEL's recipe. A network inside it for images without infrared keeps the threshold that it had, by a shift of
+its answers; no other weights are touched. Card and errors of areas are to be measured again afterwards.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from minemap.checkpoint import Checkpoint, load_model
+from minemap.checkpoint import Checkpoint, load_model, save
 from minemap.errors import InputError, exit_status
 from minemap.inference import native_precision
 from minemap.training import metrics
-from minemap.training.card import rewrite
 from minemap.training.chips import Chips
 from minemap.training.config import make_config
 from minemap.training.evaluate import predict_chips
 from minemap.training.loop import load_sets
+from minemap.training.visible import move_threshold
 
 RULE = "mapped area equals true area on {} held-out chips of the training split, those of {} trainings together"
 # Options of a training that decide which rows it held out
@@ -81,7 +82,9 @@ def main(arguments: list[str] | None = None) -> None:
         rule = RULE.format(len(mask), len(models))
         scores = models[0].recipe.metrics | {"holdout": told["scores"]}
         recipe = replace(models[0].recipe, threshold=threshold, threshold_rule=rule, area_model=None, metrics=scores)
-        print(rewrite(models[0], recipe).sha256)
+        network = models[0].network()
+        move_threshold(network, models[0].recipe.threshold, threshold)
+        print(save(models[0].path, network, recipe).sha256)
 
 
 if __name__ == "__main__":

@@ -39,10 +39,20 @@ def combine(model: Checkpoint, visible: Checkpoint, out: str | Path) -> Checkpoi
     network: Any = models.build("minec2fnet", **recipe.options)
     network.load_state_dict(model.network().state_dict(), strict=False)
     network.visible.load_state_dict(visible.network().state_dict())
-    with torch.no_grad():
-        last = network.visible.head[0] if network.visible.detail is None else network.visible.detail.mix[-1]
-        last.bias += _logit(ours.threshold) - _logit(theirs.threshold)
+    move_threshold(network, theirs.threshold, ours.threshold)
     return save(out, network, recipe)
+
+
+def move_threshold(network: Any, old: float, new: float) -> None:
+    """Shift what a network answers to images without infrared: cut at `new` it is what it was when cut at `old`.
+
+    Nothing happens to one that has no network of its own for them.
+    """
+    if (visible := getattr(network, "visible", None)) is None:
+        return
+    last = visible.head[0] if visible.detail is None else visible.detail.mix[-1]
+    with torch.no_grad():
+        last.bias += _logit(new) - _logit(old)
 
 
 def _logit(chance: float) -> float:
