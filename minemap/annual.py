@@ -197,21 +197,24 @@ def _by_year(job: _Job, make: Callable[[int], T]) -> dict[int, T]:
     Years with files that can't be read don't keep the others from being made: the ReadError comes at the end.
     """
     made: dict[int, T] = {}
-    empty: list[NoItemsError] = []
+    untold: dict[int, NoItemsError] = {}
     broken: dict[int, ReadError] = {}
     for year in job.years:
         try:
             made[year] = make(year)
         except NoItemsError as error:
-            empty.append(error)
-            warnings.warn(f"{year} stays unobserved: {error}", stacklevel=4)
+            untold[year] = error
         except ReadError as error:
             broken[year] = error
+        if made or broken:  # were all without scenes, the error alone would say so
+            for without, why in untold.items():
+                warnings.warn(f"{without} stays unobserved: {why}", stacklevel=4)
+            untold.clear()
     if broken:
         first = next(iter(broken))
         raise ReadError(f"{', '.join(map(str, broken))} not mapped whole: {broken[first]}") from broken[first]
     if not made:
-        raise empty[0]
+        raise next(iter(untold.values()))
     return made
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import logging
 import os
@@ -19,6 +20,11 @@ from . import __version__
 from .errors import InputError, MinemapError
 
 INTERRUPTED = 130
+# What the system may refuse, and what to do then
+FULL = "free some space, or choose another place; what is finished stays"
+REFUSED = "choose a place where you may do that"
+REMEDIES = {errno.ENOSPC: FULL, errno.EDQUOT: FULL, errno.ENOTDIR: "a part of that path is a file, choose another"}
+REMEDIES |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), REFUSED)
 GO_ON = ("map", "series", "change", "chips", "train")  # commands that take up what an interrupted one did
 
 
@@ -27,6 +33,9 @@ def main(argv: list[str] | None = None) -> int:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by who started us
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # km² where a locale has no ²
     words = _split_bbox(sys.argv[1:] if argv is None else argv)
     arguments = parser().parse_args(words)
     warnings.showwarning = _one_line  # type: ignore[assignment]
@@ -54,6 +63,10 @@ def _failed(error: BaseException) -> int:
     if isinstance(known, MinemapError):
         _to_stderr(f"minemap: {known}")
         return known.status
+    if isinstance(error, OSError) and error.errno in REMEDIES:
+        where = f" ({error.filename})" if error.filename else ""
+        _to_stderr(f"minemap: {str(error.strerror).lower()}{where}: {REMEDIES[error.errno]}")
+        return 1
     text = " ".join(str(error).split())[:300]
     _to_stderr(f"minemap: unexpected {type(error).__name__}: {text} (--debug shows where)")
     return 1
@@ -61,7 +74,7 @@ def _failed(error: BaseException) -> int:
 
 def _to_stderr(text: str) -> None:
     """A line on standard error. Whether anybody listens there must not decide what becomes of the work."""
-    with suppress(BrokenPipeError):
+    with suppress(OSError):  # a pipe that nobody reads, a full disk
         print(text, file=sys.stderr, flush=True)
 
 

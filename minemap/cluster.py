@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
@@ -45,7 +46,7 @@ def connect(cluster: str | None, workers: int | None = None) -> Iterator[Client 
     from distributed import Client
 
     if cluster in ("local", "gpu"):
-        with _started(cluster, workers) as made, Client(made) as client:
+        with _started(cluster, workers) as made, Client(made) as client, _quiet_end():
             log.info("dashboard %s", client.dashboard_link)
             yield client
         return
@@ -55,7 +56,7 @@ def connect(cluster: str | None, workers: int | None = None) -> Iterator[Client 
         client = Client(cluster, timeout="10s")
     except (OSError, ValueError) as error:
         raise ClusterError(f"no Dask scheduler answers at {cluster}: start one, or check the address") from error
-    with client:
+    with client, _quiet_end():
         log.info("dashboard %s", client.dashboard_link)
         yield client
 
@@ -90,12 +91,32 @@ def _started(kind: str, workers: int | None) -> Iterator[Any]:
         warnings.filterwarnings("ignore", message=r"Port \d+ is already in use")
         made = _gpu_workers(workers) if kind == "gpu" else _processes(workers)
     with made:
-        try:
-            yield made
-        except KeyboardInterrupt:  # what Dask's parts say of each other's end is no news
-            for name in ("distributed", "asyncio"):
-                logging.getLogger(name).setLevel(logging.CRITICAL)
-            raise
+        yield made
+
+
+@contextmanager
+def _quiet_end() -> Iterator[None]:
+    """What Dask's parts say of each other's end, when a run is interrupted, is no news."""
+    logging.getLogger("asyncio").addFilter(_is_news)  # said before an interrupt comes to us
+    try:
+        yield
+    except KeyboardInterrupt:
+        for name in ("distributed", "asyncio"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        raise
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    from distributed.client import AllExit
+
+    return not (record.exc_info and isinstance(record.exc_info[1], AllExit))
+
+
+def dask_setup(_worker: Any) -> None:
+    """Dask calls this in each process that we start (`preload`). A terminal sends Ctrl-C to all of them, but whoever
+    started them ends them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.getLogger("distributed.worker.state_machine").setLevel(logging.ERROR)
 
 
 def _processes(workers: int | None) -> Any:
@@ -104,7 +125,7 @@ def _processes(workers: int | None) -> Any:
     from distributed.system import MEMORY_LIMIT
 
     fit = min(cores() // TASK_THREADS, int(MEMORY_LIMIT // WORKER_BYTES))
-    return LocalCluster(n_workers=workers or max(1, fit), threads_per_worker=TASK_THREADS)
+    return LocalCluster(n_workers=workers or max(1, fit), threads_per_worker=TASK_THREADS, preload=__name__)
 
 
 def _gpu_workers(workers: int | None) -> Any:
@@ -139,6 +160,7 @@ def _own_gpu_each(count: int, threads: int, gpus: int) -> Any:
         "resources": GPU,
         "memory_limit": int(MEMORY_LIMIT // count),
         "silence_logs": logging.WARN,
+        "preload": __name__,
     }
     specs = {
         i: {"cls": Nanny, "options": {**shared, "env": {"CUDA_VISIBLE_DEVICES": names[i % len(names)]}}}

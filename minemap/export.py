@@ -12,7 +12,7 @@ import numpy as np
 import xarray as xr
 
 from .areas import check_threshold, choose_period, sorted_periods
-from .errors import InputError
+from .errors import InputError, StoreError, first_line
 from .inference import NOT_OBSERVED, mine_from
 from .polygons import COLUMNS, polygons
 from .pyramid import write_pyramid
@@ -62,7 +62,7 @@ def export(
     ending = out.suffix.lower()
     endings = (*RASTERS, *VECTORS, ".zarr")
     if ending not in endings:
-        raise InputError(f"can't export to {out.name!r}: endings are {', '.join(endings)}; .html is page.export_page")
+        raise InputError(f"can't export to {out.name!r}: endings are {', '.join(endings)}, .html")
     if ending != ".zarr":
         check_file(out)
     if threshold is not None:
@@ -106,7 +106,10 @@ def _export_vector(path: str | Path, out: Path, date: str | None, shape: Shape) 
     covering = ["bbox"] if out.suffix.lower() == ".parquet" else []
     about = of_table({name: COLUMNS[name] for name in [*frame.columns, *covering]}, len(frame))
     with drafted(out) as draft:
-        VECTORS[out.suffix.lower()](frame, draft)
+        try:
+            VECTORS[out.suffix.lower()](frame, draft)
+        except RuntimeError as error:  # GDAL's: mostly a full disk
+            raise StoreError(f"{out} can't be written: {first_line(error)}") from error
         limit = store.attributes()["recipe"]["threshold"] if shape.threshold is None else shape.threshold
         _write_item(store, out, [period], groups, about, limit)
     return out

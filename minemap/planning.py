@@ -183,7 +183,7 @@ def plan(bbox: BBox, date: str | Period, out: str | Path | None = None, **option
         asked = f"bbox {' '.join(map(str, box))}"
         if limits:
             limit = f"aoi {o.aoi}" if o.aoi else "the sites"
-            raise InputError(f"{limit} and {asked} have no place in common")
+            raise InputError(f"{limit} and {asked} have no pixel of {sensor.resolution:g} m in common")
         raise InputError(f"{asked} holds no pixel of {sensor.resolution:g} m")
     if checkpoint.recipe.resolution != sensor.resolution:
         warnings.warn(

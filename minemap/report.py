@@ -117,7 +117,7 @@ def card(name: str) -> dict[str, Any]:
         f"network    {model.recipe.architecture}, bands {' '.join(model.recipe.bands)}",
         f"threshold  {model.recipe.threshold:.2f} ({model.recipe.threshold_rule})",
     ]
-    text = "\n".join(facts) + ("\n\n" + written.read_text() if written.exists() else "")
+    text = "\n".join(facts) + ("\n\n" + written.read_text(encoding="utf-8") if written.exists() else "")
     return {**asdict(model.recipe), "sha256": model.sha256, "text": text}
 
 

@@ -239,7 +239,7 @@ def _from_api(where: Source, bbox: BBox, period: Period) -> Iterator[Item]:
         found = client.search(collections=[where.collection], bbox=bbox, datetime=period.interval, limit=PAGE)
         for item in found.items_as_dicts():
             yield _clean(item, base=_self_link(item))
-    except (APIError, RequestException) as error:
+    except (APIError, RequestException, OSError) as error:
         raise CatalogueError(
             f"STAC source {where.url}: {first_line(error)}; check the address, or try later"
         ) from error
@@ -264,7 +264,7 @@ def _from_file(where: Source, bbox: BBox) -> Iterator[Item]:
 def _read_file(where: Source) -> list[tuple[Item, shapely.Geometry]]:
     """The items of a file that are of its collection, where one is named, and their areas."""
     try:
-        content = json.loads(Path(where.url).read_text())
+        content = json.loads(Path(where.url).read_text(encoding="utf-8-sig"))  # with or without a mark of the order
         raw = content if isinstance(content, list) else content.get("features", [content])
         items = [_clean(i, base=Path(where.url)) for i in raw]
         wanted = [i for i in items if not where.collection or i.get("collection") == where.collection]

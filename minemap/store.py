@@ -137,12 +137,12 @@ class Store:
                 f"{self.path} has lost {self.meta.name}, which tells what of it is done: put it beside the store "
                 "again, choose another output, or --overwrite"
             )
-        for name, value in parameters.items():
-            if stored["parameters"].get(name) != value:
-                raise StoreError(
-                    f"{self.path} was made with {name} = {_short(stored['parameters'].get(name))}, this run has "
-                    f"{_short(value)}: use the same, another output, or --overwrite"
-                )
+        if difference := _first_difference(stored["parameters"], parameters):
+            name, was, value = difference
+            raise StoreError(
+                f"{self.path} was made with {name} = {_short(was)}, this run has {_short(value)}: use the same, "
+                "another output, or --overwrite"
+            )
         present = set(self.groups())
         for grid in grids:
             if grid.group in present and not self.grid(grid.group).covers(grid):
@@ -418,15 +418,17 @@ def write_atomically(path: Path, text: str) -> None:
     """The whole text or nothing, under any interruption; gzip when the name ends so."""
     path.parent.mkdir(parents=True, exist_ok=True)
     data = gzip.compress(text.encode(), mtime=0) if path.suffix == ".gz" else text.encode()
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as draft:
-        draft.write(data)
-        draft.flush()
-        os.fsync(draft.fileno())  # before the name is there: a power cut must not leave an empty file under it
+    number, name = tempfile.mkstemp(dir=path.parent, prefix=".")
+    draft = Path(name)
     try:
-        Path(draft.name).chmod(0o666 & ~UMASK)
-        Path(draft.name).replace(path)
+        with os.fdopen(number, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(number)  # before the name is there: a power cut must not leave an empty file under it
+        draft.chmod(0o666 & ~UMASK)
+        draft.replace(path)
     finally:
-        Path(draft.name).unlink(missing_ok=True)
+        draft.unlink(missing_ok=True)
 
 
 def _read_json(path: Path) -> Any:
@@ -479,7 +481,7 @@ def open_map(path: str | Path, zone: str | None = None) -> xr.Dataset:
     store.attributes()
     names = store.groups()
     if zone is None and len(names) != 1:
-        raise InputError(f"{path} has {len(names)} zones: name one of {', '.join(names) or '(none yet)'}")
+        raise InputError(f"{path} has {len(names)} zones: name one (--zone) of {', '.join(names) or '(none yet)'}")
     group = zone or names[0]
     if group not in names:
         raise InputError(f"{path} has no zone {group}: its zones are {', '.join(names)}")
@@ -522,6 +524,15 @@ def _reason(path: Path) -> str:
     if not path.exists():
         return "it does not exist"
     return "it is a file" if path.is_file() else "choose another output, or a store that minemap made"
+
+
+def _first_difference(was: dict[str, Any], wanted: dict[str, Any]) -> tuple[str, Any, Any] | None:
+    """The first name whose values differ, and both; of a value that has names itself, the one within."""
+    for name, value in wanted.items():
+        if (before := was.get(name)) != value:
+            inner = _first_difference(before, value) if isinstance(before, dict) and isinstance(value, dict) else None
+            return inner or (name, before, value)
+    return None
 
 
 def _short(value: Any) -> str:

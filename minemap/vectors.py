@@ -50,6 +50,7 @@ def read_shapes(path: str | Path, role: str, layer: str | None = None) -> geopan
     layer: of a file that has several.
     """
     import geopandas
+    import shapely
     from pyogrio.errors import DataLayerError, DataSourceError
 
     read = geopandas.read_parquet if Path(path).suffix.lower() == ".parquet" else geopandas.read_file
@@ -59,6 +60,8 @@ def read_shapes(path: str | Path, role: str, layer: str | None = None) -> geopan
         raise InputError(f"{role} {path} can't be read as a vector file: {str(error).splitlines()[0]}") from error
     if not isinstance(frame, geopandas.GeoDataFrame):
         raise InputError(f"{role} {path} holds no geometries: give a vector file, such as GeoJSON or GeoPackage")
+    if not np.isfinite(shapely.get_coordinates(frame.geometry)).all():
+        raise InputError(f"{role} {path} has coordinates that are no numbers: mend or leave out those features")
     if frame.crs is None:
         raise InputError(f"{role} {path} has no coordinate reference system: set one in the file")
     return frame.set_geometry(_in_degrees(frame.geometry))

@@ -222,6 +222,9 @@ def test_places_that_are_none(tmp_path):
     with pytest.raises(InputError, match=r"table\.csv holds no geometries: give a vector file"):
         read_sites(tmp_path / "table.csv")
     geopandas.GeoDataFrame(geometry=[Point(0, -88)], crs=4326).to_file(tmp_path / "pole.gpkg")
+    geopandas.GeoDataFrame(geometry=[Point(np.inf, 1)], crs=4326).to_parquet(tmp_path / "inf.parquet")
+    with pytest.raises(InputError, match=r"inf\.parquet has coordinates that are no numbers"):
+        read_sites(tmp_path / "inf.parquet")
     with pytest.raises(InputError, match="all sites lie beyond 84 degrees"):
         bounds(read_sites(tmp_path / "pole.gpkg", buffer=1000))
 

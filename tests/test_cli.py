@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -39,6 +40,7 @@ BAD = {
     "cloud": (("--max-cloud", "101"), "it is a percentage"),
     "no scenes": (("--max-scenes", "0"), "max_scenes is 0, and a pixel needs 3 clear looks"),
     "west over east": (("--bbox", "-62", "6", "-63", "7"), "west -62.0 lies east of -63.0"),
+    "no host": (("--stac", "http:///x"), "check the address"),
     "no address": (("--stac", "http://[bad"), "is no address"),
     "scl": (("--mask-scl", "1,99"), "run from 0 to 11"),
     "aoi": (("--aoi", "nothing.geojson"), "can't be read as a vector file"),
@@ -70,6 +72,17 @@ def test_an_item_file_that_is_not_json(model, minemap, tmp_path):
     )
     assert outcome(done)[0] == 1 and len(outcome(done)[1]) == 1
     assert "is not a STAC ItemCollection" in done.stderr
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.ENOTDIR])
+def test_what_the_system_refuses_is_no_surprise(number, minemap, monkeypatch):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number), "/full/map.zarr")
+
+    monkeypatch.setattr(json, "dumps", refuse)
+    status, lines = outcome(minemap("models", "--json"))
+    assert status == 1 and len(lines) == 1
+    assert lines[0].startswith(f"minemap: {os.strerror(number).lower()} (/full/map.zarr): ")
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "recipe.json", "SHA256SUMS"])
@@ -204,13 +217,20 @@ def test_nobody_listening_for_warnings_is_no_end(scene, model, tmp_path):
     assert done.returncode == 0 and json.loads(done.stdout)["super_tiles_done"] > 0
 
 
-@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "2>/dev/full"])
 def test_closed_streams_are_no_failure(closed):
     command = f"exec {sys.executable} -m minemap {{}} {closed}"
     done = subprocess.run(["bash", "-c", command.format("models --json")], capture_output=True, check=False)
-    assert done.returncode == 0 and bool(done.stdout) == (closed == "2>&-") and not done.stderr
+    assert done.returncode == 0 and bool(done.stdout) == closed.startswith("2>") and not done.stderr
     failed = subprocess.run(["bash", "-c", command.format("info no.zarr")], capture_output=True, check=False)
     assert failed.returncode == 1 and not failed.stdout
+
+
+def test_a_locale_without_our_characters():
+    env = {**os.environ, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
+    words = [sys.executable, "-m", "minemap", "models", "south-america-2026"]
+    done = subprocess.run(words, env=env, capture_output=True, check=False)
+    assert done.returncode == 0 and b"False alarms" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -312,7 +312,7 @@ BAD = {
     "min area": (("m.parquet", "--min-area", "-1"), "in hectares"),
     "raster with area": (("m.tif", "--min-area", "1"), r"shape polygons: \.tif has none"),
     "zone": (("m.gpkg", "--zone", "utm32619"), "holds all zones"),
-    "zones": (("m.tif",), "has 2 zones: name one of"),
+    "zones": (("m.tif",), r"has 2 zones: name one \(--zone\) of"),
     "pyramid": (("m.zarr", "--threshold", "0.5"), r"\.zarr holds probabilities"),
     "date": (("m.parquet", "--date", "2001"), "no period 2001"),
     "folder": (("nowhere/m.parquet",), "does not exist: make it first"),

@@ -69,6 +69,8 @@ def test_item_files_come_in_several_shapes(tmp_path):
         path.write_text(json.dumps(content))
         found = search(BOX, "2023", stac=path)
         assert found[0]["assets"]["blue"]["href"] == str(tmp_path / "scenes" / "blue.tif")
+    path.write_text(json.dumps(one), encoding="utf-8-sig")  # as Windows writes it
+    assert len(search(BOX, "2023", stac=path)) == 1
     path.write_text(json.dumps({"features": [{"id": "x"}]}))
     with pytest.raises(CatalogueError, match="is not a STAC ItemCollection"):
         search(BOX, "2023", stac=path)

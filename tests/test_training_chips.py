@@ -252,6 +252,12 @@ def test_places_of_boxes_count_too() -> None:
     assert len(away_from(one, three)) == 0 and len(away_from(one, three.where(np.array([False, False, True])))) == 1
 
 
+def test_a_table_is_no_file_of_chips(tmp_path: Path) -> None:
+    (tmp_path / "chips.csv").write_text("id,lon,lat\n1,2,3\n")
+    with pytest.raises(InputError, match=r"chips\.csv cannot be read as chips, a \.npz or \.zarr: File is not a zip"):
+        load_chips(tmp_path / "chips.csv")
+
+
 @pytest.mark.parametrize(
     ("option", "value", "others"),
     [

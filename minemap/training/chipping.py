@@ -70,7 +70,7 @@ class ChipRule:
             raise InputError(f"size is {self.size}: give one of {', '.join(map(str, SIZES))}")
         if not 0 <= self.val < 1:
             raise InputError(f"val is {self.val:g}: it is a share, 0 or more and below 1")
-        if self.min_area < 0 or self.negatives < 0:
+        if not self.min_area >= 0 or self.negatives < 0:
             raise InputError(f"min_area {self.min_area:g} and negatives {self.negatives} can't be below 0")
 
 

@@ -129,13 +129,15 @@ def _arrays(path: Path) -> dict[str, NDArray]:
         arrays = _read_zarr(path) if path.is_dir() else _read_npz(path)
         image, mask = arrays["image"], arrays["mask"]
     except (OSError, EOFError, ValueError, KeyError, zlib.error, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} cannot be read as chips: {error}") from error
+        raise InputError(f"{path} cannot be read as chips, a .npz or .zarr: {error}") from error
     if image.ndim not in (4, 5) or mask.shape != image.shape[:-3] + image.shape[-2:]:
         raise InputError(f"{path}: image {image.shape} and mask {mask.shape} do not belong together")
     return arrays
 
 
 def _read_npz(path: Path) -> dict[str, NDArray]:
+    with zipfile.ZipFile(path):  # what is none would be taken for a pickle
+        pass
     with np.load(path, allow_pickle=False) as file:
         return {name: file[name] for name in {"image", "mask", "bands", *file.files}}
 

@@ -143,7 +143,7 @@ def _is(value: Any, kind: Any) -> bool:
 def read_values(path: str | Path) -> dict[str, Any]:
     """The options in a JSON file. Raises InputError."""
     try:
-        found = json.loads(Path(path).read_text())
+        found = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read as a training configuration: {error}") from error
     if not isinstance(found, dict):
