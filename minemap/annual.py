@@ -14,13 +14,15 @@ from .areas import area_table, check_threshold
 from .cluster import connect
 from .consistency import make_consistent
 from .errors import InputError, NoItemsError, ReadError
+from .files import check_file, drafted
 from .grid import BBox, check_bbox
 from .mapping import map_area
 from .planning import Plan, plan
 from .scenes import around
 from .sites import Site, bounds, read_sites
-from .store import CONSISTENT, Store, check_file, drafted
+from .store import Store
 from .uncertainty import AreaModel
+from .zones import CONSISTENT
 
 if TYPE_CHECKING:
     import pandas as pd

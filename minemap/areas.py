@@ -24,9 +24,10 @@ from .inference import NOT_OBSERVED, mine_from
 from .scenes import Period, parse_period
 from .sensors import asset_key
 from .sites import Site, read_sites
-from .store import CONSISTENT, Store
+from .store import Store
 from .uncertainty import NOWHERE, AreaModel
 from .vectors import AOI, inside_aoi
+from .zones import CONSISTENT
 
 if TYPE_CHECKING:
     import pandas as pd

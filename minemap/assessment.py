@@ -27,10 +27,11 @@ from scipy import ndimage
 
 from .areas import check_threshold, choose_period, computed_tiles, read_periods
 from .errors import InputError
+from .files import check_file, write_atomically
 from .grid import Grid, continuous_lonlat, pixel_area_km2
 from .inference import NOT_OBSERVED, mine_from
 from .scenes import Period, parse_period
-from .store import Store, check_file, write_atomically
+from .store import Store
 
 STRATA = ("mine", "near", "far")
 SHARES = (0.3, 0.2, 0.5)  # of the points

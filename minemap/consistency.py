@@ -16,7 +16,8 @@ import numpy as np
 from .areas import computed_tiles, ledger_digest, read_periods, sorted_periods
 from .errors import StoreError
 from .inference import NOT_OBSERVED
-from .store import CONSISTENT, Store
+from .store import Store
+from .zones import CONSISTENT
 
 # Chance a year that a pixel changes its state. Measured on the two-date masks of mines6 (494 places in and around
 # the Amazon, 2 to 4 years apart): 10.3 % of the mined pixels are not mine at the second date, 3.0 % a year; of the

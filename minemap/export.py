@@ -13,12 +13,14 @@ import xarray as xr
 
 from .areas import check_threshold, choose_period, sorted_periods
 from .errors import InputError, StoreError, first_line
+from .files import check_file, drafted, write_atomically
 from .inference import NOT_OBSERVED, mine_from
 from .polygons import COLUMNS, polygons
 from .pyramid import write_pyramid
 from .scenes import Period
 from .stac_item import describe, item_path, of_raster, of_table
-from .store import QUICKLOOK, Store, check_file, drafted, open_map, write_atomically
+from .store import Store, open_map
+from .zones import QUICKLOOK
 
 if TYPE_CHECKING:
     import geopandas

@@ -14,12 +14,13 @@ import numpy as np
 
 from . import __version__
 from .cluster import check_workers, connect, worker_count
+from .files import write_atomically
 from .grid import BBox
 from .planning import Plan, plan
 from .reader import Access
 from .running import run_tiles
 from .scenes import Period
-from .store import Store, parameters_hash, write_atomically
+from .store import Store, parameters_hash
 from .supertile import Job, with_decision
 from .vectors import AOI, load_aoi
 

@@ -26,9 +26,11 @@ from pyproj import CRS, Transformer
 from .areas import POOR, area_table, check_threshold, choose_period, sorted_periods
 from .errors import InputError
 from .export import Shape, period_index
+from .files import check_file, drafted
 from .polygons import polygons
 from .scenes import Period
-from .store import QUICKLOOK, Store, check_file, drafted, open_map
+from .store import Store, open_map
+from .zones import QUICKLOOK
 
 if TYPE_CHECKING:
     import geopandas

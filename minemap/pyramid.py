@@ -22,10 +22,12 @@ import numpy as np
 import zarr
 
 from .errors import InputError
+from .files import check_file
 from .grid import WINDOW, Grid
 from .inference import NOT_OBSERVED
 from .scenes import Period
-from .store import CONVENTIONS, Store, check_file, consolidate, create_level, zone_attributes
+from .store import Store
+from .zones import CONVENTIONS, consolidate, create_level, zone_attributes
 
 MULTISCALES = {
     "uuid": "d35379db-88df-4056-af3a-620245f8e347",

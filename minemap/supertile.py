@@ -19,6 +19,7 @@ from .cluster import TASK_THREADS
 from .compositing import Rule, composite_layers, strip_rows
 from .cube import load_layers
 from .errors import DamagedTileError, ReadError, StoreError, first_line
+from .files import file_name, write_atomically
 from .grid import WINDOW, BBox, Grid, pixel_area_km2
 from .inference import (
     NOT_OBSERVED,
@@ -34,8 +35,9 @@ from .reader import Access, read_overview
 from .scenes import Period
 from .sensors import asset_key, scaling
 from .sentinel2 import NODATA, OFFSET, Item, Scaling, contradicts
-from .store import QUICKLOOK, Store, file_name, write_atomically
+from .store import Store
 from .vectors import AOI, inside_aoi
+from .zones import QUICKLOOK
 
 COUNTS = ("km2_total", "km2_observed", "km2_mine", "computed")
 READ_THREADS = 8  # assets read at a time by one task: remote reads wait more than they compute

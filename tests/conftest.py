@@ -28,7 +28,8 @@ from minemap.demo import Demo, DemoConfig, make_demo
 from minemap.grid import Grid
 from minemap.scenes import parse_period
 from minemap.sentinel2 import BANDS
-from minemap.store import QUICKLOOK, Store
+from minemap.store import Store
+from minemap.zones import QUICKLOOK
 
 SHARED = Path(os.environ.get("MINEMAP_TEST_DATA", Path(__file__).parents[2] / "shared" / "data")).resolve()
 

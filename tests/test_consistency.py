@@ -12,7 +12,8 @@ from minemap.areas import area_table, computed_tiles
 from minemap.consistency import CERTAIN, MINED, UNMINED, make_consistent, smooth, transition
 from minemap.errors import DamagedTileError, StoreError
 from minemap.scenes import parse_period
-from minemap.store import CONSISTENT, Store
+from minemap.store import Store
+from minemap.zones import CONSISTENT
 
 
 def by_hand(percent, times, threshold):

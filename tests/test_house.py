@@ -18,6 +18,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # Reading order of ARCHITECTURE.md: a module imports only from those before it.
 ORDER = [
     "errors",
+    "files",
     "sentinel2",
     "landsat",
     "sensors",
@@ -33,6 +34,7 @@ ORDER = [
     "models",
     "checkpoint",
     "inference",
+    "zones",
     "store",
     "cluster",
     "supertile",

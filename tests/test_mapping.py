@@ -28,10 +28,11 @@ from minemap.cluster import ClusterError
 from minemap.compositing import Rule, composite
 from minemap.demo import DemoConfig, make_demo
 from minemap.errors import DamagedTileError, InputError, NoItemsError, ReadError, StoreError
+from minemap.files import write_atomically
 from minemap.planning import plan
 from minemap.report import describe, estimate, told
 from minemap.scenes import Scenes, moment, parse_period, search
-from minemap.store import Store, write_atomically
+from minemap.store import Store
 from minemap.vectors import AOI, in_zone, inside_aoi
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*no SCL:UserWarning")

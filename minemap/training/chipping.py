@@ -34,13 +34,14 @@ from zarr.codecs import ZstdCodec
 from minemap import __version__
 from minemap.compositing import Rule
 from minemap.errors import InputError, NoItemsError, StoreError
+from minemap.files import write_atomically
 from minemap.grid import CHUNK, BBox, Grid, cell_grid, continuous_lonlat, grids, zone_epsg
 from minemap.planning import Options
 from minemap.reader import Access
 from minemap.scenes import Period, Scenes, Source, parse_months, parse_period, search, search_area, sensor_at, source
 from minemap.sensors import Sensor, asset_key
 from minemap.sentinel2 import BANDS, SCL
-from minemap.store import Store, write_atomically
+from minemap.store import Store
 from minemap.supertile import Reading, read_image, with_decision
 from minemap.training.chips import APART, CHIPS_MARK, IGNORE, earth_centred, is_chips
 from minemap.vectors import in_zone, inside, read_polygons

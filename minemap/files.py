@@ -1,0 +1,76 @@
+"""Files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from .errors import InputError
+
+
+def _read_umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+UMASK = _read_umask()  # once: reading it sets it to 0 for a moment, and other threads may be writing
+
+
+def file_name(name: str) -> str:
+    """A catalogue's id as a file's name that stays in its folder."""
+    return quote(name, safe="").replace(".", "%2E")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """The whole text or nothing, under any interruption; gzip when the name ends so."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = gzip.compress(text.encode(), mtime=0) if path.suffix == ".gz" else text.encode()
+    number, name = tempfile.mkstemp(dir=path.parent, prefix=".")
+    draft = Path(name)
+    try:
+        with os.fdopen(number, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(number)  # before the name is there: a power cut must not leave an empty file under it
+        draft.chmod(0o666 & ~UMASK)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> Any:
+    """What a file of ours says, None where there is none or it is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+@contextmanager
+def drafted(out: Path) -> Iterator[Path]:
+    """A name to write to beside `out`, which takes its place when all went well and is gone when not."""
+    draft = out.with_name(f".{out.name}.draft{out.suffix}")
+    try:
+        yield draft
+        draft.replace(out)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def check_file(path: Path, role: str = "output") -> None:
+    """Raises InputError unless a file of that name can be written."""
+    folder = path.absolute().parent
+    if path.is_dir():
+        raise InputError(f"{role} {path} is a folder: give the name of a file")
+    if not folder.is_dir():
+        raise InputError(f"{role} {path.name}: folder {folder} does not exist: make it first")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"{role} {path.name}: folder {folder} can't be written to, choose another")
