@@ -129,18 +129,19 @@ class Checkpoint:
 
     def network(self) -> torch.nn.Module:
         """The network in evaluation mode, float32, gradients off, on the CPU."""
-        if identity(verify(self.path)) != self.sha256:
+        content = verify(self.path)
+        if _identity(content) != self.sha256:
             raise CheckpointError(f"{self.path} holds another model than when it was loaded: load it again")
         network = _build(self.recipe)
-        _load_weights(network, self.path / WEIGHTS)
+        _load_weights(network, content[WEIGHTS], self.path)
         return network.eval().requires_grad_(False)
 
 
 def load_model(name_or_path: str | Path | None = None) -> Checkpoint:
     """A bundled model by name, or a checkpoint by its folder or by a file inside it; None is the default."""
     folder = _find(DEFAULT_MODEL if name_or_path is None else name_or_path)
-    sums = verify(folder)
-    return Checkpoint(read_recipe(folder / RECIPE), folder, identity(sums))
+    content = verify(folder)
+    return Checkpoint(_recipe(content[RECIPE], folder / RECIPE), folder, _identity(content))
 
 
 def load_same(path: Path, sha256: str) -> Checkpoint:
@@ -174,31 +175,32 @@ def _find(name_or_path: str | Path) -> Path:
     raise CheckpointError(f"no model {str(name_or_path)!r}: give a folder with a checkpoint or one of: {known}")
 
 
-def verify(folder: Path) -> str:
-    """The text of the folder's checksum file, once it is byte for byte what its files' checksums say."""
+def verify(folder: Path) -> dict[str, bytes]:
+    """What a checkpoint's files hold, by name, once the checksum file is byte for byte what they have."""
+    content = {name: _read(folder / name) for name in (WEIGHTS, RECIPE)}
     stored = _read(folder / SUMS)
-    lines = {name: _line(folder / name) for name in (WEIGHTS, RECIPE)}
+    lines = {name: _line(name, data) for name, data in content.items()}
     for name, line in lines.items():
         if line.encode() not in stored.splitlines(keepends=True):
             raise CheckpointError(f"{folder / name} does not match {SUMS}: the model is damaged, fetch it again")
     expected = "".join(lines.values())
     if stored != expected.encode():
         raise CheckpointError(f"{folder / SUMS} is not a checksum file of this model: fetch the model again")
-    return expected
+    return {**content, SUMS: stored}
 
 
 def checksums(folder: Path) -> str:
     """What a checkpoint's checksum file must hold: one line a file, as `sha256sum` writes them."""
-    return "".join(_line(folder / name) for name in (WEIGHTS, RECIPE))
+    return "".join(_line(name, _read(folder / name)) for name in (WEIGHTS, RECIPE))
 
 
-def identity(sums: str) -> str:
+def _identity(content: dict[str, bytes]) -> str:
     """One hash for the whole checkpoint: the sha256 of its checksum file."""
-    return hashlib.sha256(sums.encode()).hexdigest()
+    return hashlib.sha256(content[SUMS]).hexdigest()
 
 
-def _line(path: Path) -> str:
-    return f"{hashlib.sha256(_read(path)).hexdigest()}  {path.name}\n"
+def _line(name: str, data: bytes) -> str:
+    return f"{hashlib.sha256(data).hexdigest()}  {name}\n"
 
 
 def _read(path: Path) -> bytes:
@@ -208,10 +210,10 @@ def _read(path: Path) -> bytes:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}): not a complete checkpoint") from error
 
 
-def read_recipe(path: Path) -> Recipe:
-    """The recipe in a JSON file."""
+def _recipe(data: bytes, path: Path) -> Recipe:
+    """The recipe in a JSON file, which holds `data`."""
     try:
-        values = json.loads(_read(path).decode())
+        values = json.loads(data.decode())
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON ({error}): not a checkpoint's recipe") from error
     known = {f.name for f in fields(Recipe)}
@@ -278,12 +280,12 @@ def _build(recipe: Recipe) -> torch.nn.Module:
         raise CheckpointError(f"recipe of {recipe.name!r} describes no network we can build: {error}") from error
 
 
-def _load_weights(network: torch.nn.Module, path: Path) -> None:
+def _load_weights(network: torch.nn.Module, data: bytes, path: Path) -> None:
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors.torch import load
 
     try:
-        network.load_state_dict(load_file(path))
+        network.load_state_dict(load(data))
     except (SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:160]
         raise CheckpointError(f"{path} does not fit the network of its recipe: {reason}") from error

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from itertools import pairwise
+from numbers import Integral
 from typing import Any
 
 import dask.array as da
@@ -45,13 +46,14 @@ class Rule:
     def __post_init__(self) -> None:
         if self.method != "median":
             raise InputError(f"unknown composite {self.method!r}: median is the only one")
-        if not all(0 <= c <= 11 for c in self.masked):
-            raise InputError(f"SCL classes {self.masked}: they run from 0 to 11")
+        if not all(isinstance(c, Integral) and 0 <= c <= 11 for c in self.masked):
+            raise InputError(f"SCL classes {self.masked}: they are whole numbers from 0 to 11")
+        object.__setattr__(self, "masked", tuple(sorted({int(c) for c in self.masked})))
         if self.min_clear < 1:
             raise InputError(f"min_clear is {self.min_clear}: at least one clear look is needed")
 
     def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "masked": sorted(set(self.masked))}
+        return {**asdict(self), "masked": list(self.masked)}
 
 
 def composite(cube: xr.DataArray, rule: Rule | None = None) -> xr.DataArray:
@@ -97,7 +99,9 @@ def _composite_floats(
     cube: np.ndarray, scl: np.ndarray, *, looks: np.ndarray, rule: Rule, present: list[bool]
 ) -> tuple[np.ndarray, np.ndarray]:
     """(y, x, time, band) floats to (y, x, band) floats and (y, x) counts."""
-    stored = np.nan_to_num(np.rint(cube / np.float32(SCALE)), nan=NODATA).astype(np.uint16)
+    # Dark must neither wrap round nor become nodata
+    stored = np.clip(np.rint(cube / np.float32(SCALE)), 1, np.iinfo(np.uint16).max)
+    stored = np.nan_to_num(stored, nan=NODATA).astype(np.uint16)
     bands = np.ascontiguousarray(stored.transpose(3, 2, 0, 1))
     image, count = composite_looks(lambda b: bands[b], present, scl.transpose(2, 0, 1), looks, rule)
     return image.transpose(1, 2, 0), count

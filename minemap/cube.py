@@ -8,25 +8,32 @@ from __future__ import annotations
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import dask.array as da
 import numpy as np
 import rioxarray  # noqa: F401 (registers the .rio accessor)
+import shapely
 import xarray as xr
+from affine import Affine
+from pyproj import CRS
 from rasterio.enums import Resampling
+from rasterio.errors import CRSError
+from rasterio.warp import transform_bounds
+from shapely.affinity import translate
 
 from .errors import InputError
-from .grid import CHUNK, Grid, crs_wkt
+from .grid import CHUNK, BBox, Grid, continuous_lonlat, crs_wkt
 from .reader import GDAL_OPTIONS, Access, ExactReader, address_of, check_asset
-from .scenes import acquisition_id, moment
+from .scenes import acquisition_id, area_of, moment
 from .sensors import asset_key, one_sensor, scaling
 from .sentinel2 import BANDS, NODATA, SCALE, SCL, Item, Scaling
 
 READERS = ("stackstac", "odc")
 OPENED_AT_ONCE = 8
 _PYSTAC = threading.Lock()  # HACK: pystac 1.15 registers its extensions on first use, and not thread-safely
+NEAR = 0.1  # degrees that an item may show beyond where it says it lies
 UNCLASSIFIED = 7  # the SCL class of items that have no SCL: seen, and not known to be cloud
 
 
@@ -132,14 +139,80 @@ def _stack(
     access: Access,
 ) -> xr.DataArray:
     """Stored values, lazy (time, band, y, x), without the items that miss the grid; 0 where there is nothing."""
-    with_any = [item for item in items if any(band in item["assets"] for band in bands)]
-    if not with_any:
+    there = [item for item in items if any(_reaches(item, band, grid) for band in bands)]
+    if not there:
         return _empty(grid, bands, dtype, chunks)
     backend = _stackstac if reader == "stackstac" else _odc
-    found = backend(with_any, grid, bands, resampling, dtype, chunks, access)
-    if not found.sizes["time"]:
-        return _empty(grid, bands, dtype, chunks)
+    found = backend(there, grid, bands, resampling, dtype, chunks, access)
     return found.reindex(band=list(bands), fill_value=dtype.type(NODATA)).assign_coords(y=grid.y, x=grid.x)
+
+
+def _reaches(item: Item, band: str, grid: Grid) -> bool:
+    """Whether an item's asset may show some of the grid, as far as the item says where it lies; False without one.
+
+    The grid is projected, densely, into the asset's CRS: an asset may be as wide as the Earth. Never False where it
+    shows something, so that no pixel depends on how much is read at a time.
+    """
+    if band not in item["assets"]:
+        return False
+    extent = _extent(item, band)
+    if extent is None:
+        place = shapely.Polygon(np.column_stack(_border(grid))).buffer(NEAR)
+        return any(area_of(item).intersects(translate(place, dx)) for dx in (-360, 0, 360))
+    epsg, bounds = extent
+    if epsg == grid.epsg:
+        return _overlap(bounds, grid.bounds)
+    if _is_geographic(epsg):
+        lon, lat = _border(grid)
+        west, south, east, north = lon.min() - NEAR, lat.min() - NEAR, lon.max() + NEAR, lat.max() + NEAR
+        return any(_overlap(bounds, (west + dx, south, east + dx, north)) for dx in (-360, 0, 360))
+    margin = 0.01 * (grid.bounds[2] - grid.bounds[0])
+    try:
+        left, bottom, right, top = transform_bounds(grid.epsg, epsg, *grid.bounds, densify_pts=21)
+    except CRSError:  # too far from that projection
+        return False
+    return _overlap(bounds, (left - margin, bottom - margin, right + margin, top + margin))
+
+
+def _extent(item: Item, band: str) -> tuple[int, BBox] | None:
+    """EPSG code and bounds of an asset by the projection extension, None where it is silent."""
+    told = {**item["properties"], **item["assets"][band]}
+    epsg, transform, shape = (told.get(f"proj:{name}") for name in ("epsg", "transform", "shape"))
+    if epsg and transform and shape:
+        height, width = shape
+        corners = [Affine(*transform[:6]) @ corner for corner in ((0, 0), (width, 0), (0, height), (width, height))]
+        x, y = zip(*corners, strict=True)
+        return epsg, (min(x), min(y), max(x), max(y))
+    box = told.get("proj:bbox")
+    return (epsg, tuple(box)) if epsg and box else None
+
+
+@lru_cache
+def _is_geographic(epsg: int) -> bool:
+    return CRS.from_epsg(epsg).is_geographic
+
+
+def _border(grid: Grid) -> tuple[np.ndarray, np.ndarray]:
+    """Longitudes and latitudes of the grid's outline, continuous across the antimeridian."""
+    step = max(grid.shape) * grid.resolution / 8
+    x, y = shapely.get_coordinates(shapely.segmentize(shapely.box(*grid.bounds), step)).T
+    return continuous_lonlat(grid.epsg, x, y)
+
+
+def _overlap(one: BBox, other: BBox) -> bool:
+    return one[0] < other[2] and one[2] > other[0] and one[1] < other[3] and one[3] > other[1]
+
+
+def _placed(item: Item, bands: tuple[str, ...], grid: Grid) -> Item:
+    """The item as stackstac takes it: it skips what lies outside an asset's bounds, and projects those by their
+    corners alone. So the bounds of an asset of another CRS are the grid's; our reader gives 0 where it has nothing.
+    """
+    assets = {}
+    for band in [band for band in bands if band in item["assets"]]:
+        extent = _extent(item, band)
+        bounds = extent[1] if extent is not None and extent[0] == grid.epsg else grid.bounds
+        assets[band] = {"href": item["assets"][band]["href"], "proj:epsg": grid.epsg, "proj:bbox": list(bounds)}
+    return {**item, "properties": {"datetime": item["properties"]["datetime"]}, "assets": assets}
 
 
 def _stackstac(
@@ -154,7 +227,7 @@ def _stackstac(
     import stackstac
 
     stacked = stackstac.stack(
-        items,
+        [_placed(item, bands, grid) for item in items],
         assets=list(bands),
         epsg=grid.epsg,
         resolution=grid.resolution,
@@ -187,20 +260,15 @@ def _odc(
     import odc.stac
     import pystac
     from odc.geo.geobox import GeoBox
-    from stackstac.prepare import prepare_items
 
-    # Without the items that miss the grid, as stackstac does it, so that both give the same layers
-    bounds, step = grid.bounds, grid.resolution
-    *_, items = prepare_items(items, list(bands), grid.epsg, step, bounds, snap_bounds=False, rescale=False)
-    if not items:
-        return _empty(grid, bands, dtype, chunks)
     # odc-stac opens whatever GDAL can, a VRT that names other files among it
     hrefs = {item["assets"][band]["href"] for item in items for band in bands if band in item["assets"]}
     with ThreadPoolExecutor(OPENED_AT_ONCE) as pool:
         list(pool.map(partial(check_asset, access=access), sorted(hrefs)))
     odc.stac.configure_rio(cloud_defaults=True, **{k: v for k, v in GDAL_OPTIONS.items() if k != "GDAL_CACHEMAX"})
     with _PYSTAC:
-        parsed = [pystac.Item.from_dict(item) for item in items]
+        footprints = [shapely.geometry.mapping(area_of(item)) for item in items]  # which it wants of every item
+        parsed = [pystac.Item.from_dict({**i, "geometry": f}) for i, f in zip(items, footprints, strict=True)]
     loaded = odc.stac.load(
         parsed,
         patch_url=partial(address_of, access=access),

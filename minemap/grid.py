@@ -170,7 +170,10 @@ def check_bbox(numbers: tuple[float, ...] | list[float]) -> BBox:
     """Four finite degrees W S E N, or an InputError that says which is wrong."""
     if len(numbers) != 4:
         raise InputError(f"bbox needs 4 numbers (west south east north), got {len(numbers)}")
-    west, south, east, north = (float(n) for n in numbers)
+    try:
+        west, south, east, north = (float(n) for n in numbers)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"bbox {numbers} is not four numbers: west south east north in degrees") from error
     if not all(map(math.isfinite, (west, south, east, north))):
         raise InputError(f"bbox has a number that is not finite: {west} {south} {east} {north}")
     for name, value, limit in (
@@ -304,10 +307,15 @@ def _in_box(points: tuple[np.ndarray, np.ndarray], box: BBox, margin: float = 0.
 
 def _padded(epsg: int, box: BBox, side: float, chunk: int, resolution: float) -> Grid:
     left, bottom, right, top = _from_lonlat(epsg).transform_bounds(*box, densify_pts=21)
+    west, south, east, north = box
+    middle = (epsg % 100) * 6 - 183.0
+    if west < middle < east:  # where a parallel lies farthest south or north, between the points of that outline
+        _, (lowest, highest) = _from_lonlat(epsg).transform([middle] * 2, [south, north])
+        bottom, top = min(bottom, lowest), max(top, highest)
     tiny = resolution * 1e-6  # a box made from a grid's own edges must not gain a row from rounding
-    west, east = math.floor((left + tiny) / side), math.ceil((right - tiny) / side)
-    south, north = math.floor((bottom + tiny) / side), math.ceil((top - tiny) / side)
-    return Grid(epsg, west * side, north * side, (north - south) * chunk, (east - west) * chunk, resolution)
+    first, last = math.floor((left + tiny) / side), math.ceil((right - tiny) / side)
+    lower, upper = math.floor((bottom + tiny) / side), math.ceil((top - tiny) / side)
+    return Grid(epsg, first * side, upper * side, (upper - lower) * chunk, (last - first) * chunk, resolution)
 
 
 def continuous_lonlat(epsg: int, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

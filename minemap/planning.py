@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,6 +78,10 @@ class Options:
         for name in ("exclude", "masked"):
             if isinstance(getattr(self, name), str):
                 raise InputError(f"{name} is {getattr(self, name)!r}: give a tuple, of ids or of SCL classes")
+        for name in ("chunk", "max_scenes", "min_clear"):
+            if not isinstance(getattr(self, name), Integral):
+                raise InputError(f"{name} is {getattr(self, name)!r}: give a whole number")
+        Rule(masked=self.masked, min_clear=self.min_clear)  # says what they may be
         if not 0 <= self.max_cloud <= 100:
             raise InputError(f"max_cloud is {self.max_cloud:g}: it is a percentage, 0 to 100")
         if self.max_scenes < max(1, self.min_clear):
@@ -237,6 +242,7 @@ def _with_scenes(made: Plan) -> Plan:
                 max_cloud=o.max_cloud,
                 months=parse_months(o.months),
                 exclude=o.exclude,
+                versions=True,
             )
         except NoItemsError as error:  # a zone of open sea must not lose its neighbour's map
             empty.append(error)

@@ -23,6 +23,7 @@ from urllib.parse import parse_qs, urljoin, urlsplit
 import numpy as np
 import rasterio
 from affine import Affine
+from rasterio._err import CPLE_BaseError
 from rasterio._path import _parse_path, _vsi_path
 from rasterio.enums import Resampling
 from rasterio.errors import RasterioError, RasterioIOError
@@ -161,7 +162,7 @@ def _attempted(href: str, access: Access, read: Callable[[Any], np.ndarray]) -> 
                 if source.crs is None:
                     raise RasterioIOError("has no coordinate reference system")
                 return read(source)
-        except (RasterioError, OSError) as error:
+        except (RasterioError, CPLE_BaseError, OSError) as error:
             problem = error
             _followed.cache_clear()  # where a redirect led may be an address for a while only
             if access.sign and address != href:
@@ -187,7 +188,11 @@ def _followed(href: str, access: Access) -> str:
         with asked as answer:
             if not answer.is_redirect:
                 return href
-            href = urljoin(href, answer.headers["Location"])
+            led = answer.headers["Location"]
+        try:
+            href = urljoin(href, led)
+        except ValueError as error:
+            raise ReadError(f"asset {href!r} redirects to {led!r}, which is no address: {error}") from error
         access.check(href)
     raise ReadError(f"asset {href!r}: more than {REDIRECTS} redirects")
 
@@ -204,7 +209,9 @@ def signed(href: str, access: Access) -> str:
         if given.get("se", ["9"])[0] > datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"):
             return href
         href = parts._replace(query="").geturl()
-    account, container = str(parts.hostname).partition(".")[0], parts.path.split("/")[1]
+    account, container = str(parts.hostname).partition(".")[0], parts.path.strip("/").partition("/")[0]
+    if not container:
+        raise ReadError(f"asset {href!r} names no container of that storage")
     try:
         return get_token(account, container, retry_total=TOKEN_RETRIES).sign(href).href
     except (OSError, ValueError) as error:  # requests' and pydantic's

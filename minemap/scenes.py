@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urljoin, urlsplit
@@ -33,6 +33,7 @@ PLANETARY_COMPUTER = "MINEMAP_PLANETARY_COMPUTER"  # variable: the STAC root of 
 COLLECTION = "sentinel-2-l2a"
 PAGE = 100  # items a page; larger answers exceed what Earth Search sends
 TIMEOUT = (5, 30)  # seconds to connect, to read
+SAME_GROUND = 0.9  # share of an item's ground that a newer one shows, for it to be an older version of that
 HALO = 160  # pixels around a cell that its windows look at (tiles.Layout.margin): items that only meet them count
 
 
@@ -88,7 +89,7 @@ def _span(part: str, whole: str) -> tuple[date, date]:
 
 def parse_months(text: str | None) -> tuple[int, ...]:
     """ "6-9", "11-2" (over the new year) or "1,6,7" as month numbers; () for all."""
-    if not text:
+    if text in (None, ""):
         return ()
     months: list[int] = []
     for part in str(text).split(","):
@@ -162,11 +163,12 @@ def search(
     max_cloud: float = 60.0,
     months: str | tuple[int, ...] = (),
     exclude: tuple[str, ...] = (),
+    versions: bool = False,
 ) -> list[Item]:
     """The items over `bbox` (degrees; west > east crosses the antimeridian) in a period, as plain STAC JSON.
 
-    months: of the year, as "6-9" or numbers; none for all. exclude: ids. Sorted by id, without duplicates (one
-    product an acquisition and tile: the newest processing baseline).
+    months: of the year, as "6-9" or numbers; none for all. exclude: ids. versions: keep older versions of a product
+    beside its newest (highest processing baseline); `Scenes` chooses among them cell by cell. Sorted by id.
     Raises NoItemsError, which says what was asked and what each filter removed; CatalogueError when the source
     can't be read.
     """
@@ -179,7 +181,7 @@ def search(
     tally.found = len(items)
     items = tally.keep(items, (item["id"] not in exclude for item in items), "--exclude")
     of_year = parse_months(months) if isinstance(months, str) else months
-    items = _filter(items, tally, when=when, max_cloud=max_cloud, months=of_year)
+    items = _filter(items, tally, when=when, max_cloud=max_cloud, months=of_year, versions=versions)
     if not items:
         box_text = " ".join(f"{n:g}" for n in bbox)
         what = f"collection {where.collection} " if where.collection else ""
@@ -191,14 +193,14 @@ def search(
 
 
 def _filter(
-    items: list[Item], tally: Tally, *, when: Period, max_cloud: float, months: tuple[int, ...]
+    items: list[Item], tally: Tally, *, when: Period, max_cloud: float, months: tuple[int, ...], versions: bool
 ) -> list[Item]:
     items = tally.keep(items, (when.holds(moment(i)) for i in items), "the period")
     items = tally.keep(items, (not months or moment(i).month in months for i in items), "--months")
     items = tally.keep(items, (sensor_of(i).uses(i) for i in items), "their platform")
     has_bands = (any(asset_key(i, band) for band in BANDS) for i in items)
     items = tally.keep(items, has_bands, "having none of the bands")
-    best = {item["id"] for item in newest(items)}
+    best = {item["id"] for item in (items if versions else newest(items))}
     items = tally.keep(items, (i["id"] in best for i in items), "being an older version of another")
     return tally.keep(items, (cloud(i) <= max_cloud for i in items), f"--max-cloud {max_cloud:g}")
 
@@ -268,7 +270,7 @@ def _read_file(where: Source) -> list[tuple[Item, shapely.Geometry]]:
         raw = content if isinstance(content, list) else content.get("features", [content])
         items = [_clean(i, base=Path(where.url)) for i in raw]
         wanted = [i for i in items if not where.collection or i.get("collection") == where.collection]
-        return [(item, _area(item)) for item in wanted]
+        return [(item, area_of(item)) for item in wanted]
     except (ValueError, KeyError, TypeError, AttributeError, shapely.errors.ShapelyError) as error:
         raise CatalogueError(f"item file {where.name} is not a STAC ItemCollection: {first_line(error)}") from error
     except OSError as error:
@@ -344,21 +346,31 @@ def acquisition_id(item: Item) -> str:
     start = re.search(r"MSIL2A_(\d{8}T\d{6})", f"{properties.get('s2:product_uri', '')} {item['id']}")
     platform = properties.get("platform") or properties.get("constellation") or "any"
     path = properties.get("landsat:wrs_path")
-    return f"{platform}_{start[1] if start else moment(item).date()}" + (f"_{path}" if path else "")
+    return f"{platform}_{start[1] if start else _solar_day(item)}" + (f"_{path}" if path else "")
 
 
-def newest(items: list[Item]) -> list[Item]:
-    """Without older versions: of items of one acquisition and tile that show the same ground, the newest stays.
+def _solar_day(item: Item) -> date:
+    """The day at the item's own longitude: a pass over eastern Australia goes on over midnight UTC."""
+    lon = shapely.get_coordinates(area_of(item))[:, 0]
+    if np.ptp(lon) > 180:  # cut at the antimeridian
+        lon = np.where(lon < 0, lon + 360, lon)
+    middle = (lon.min() + lon.max()) / 2
+    return (moment(item) + timedelta(hours=((middle + 180) % 360 - 180) / 15)).date()
+
+
+def newest(items: list[Item], shown: dict[str, shapely.Geometry] | None = None) -> list[Item]:
+    """Without older versions: of items of one acquisition and tile, those whose ground a newer one shows too go.
 
     Newest: highest baseline, then highest sequence number, then latest made, then id. Two datastrips of one
-    tile (their footprints hardly overlap) are no versions of each other.
+    tile (their footprints hardly overlap) are no versions of each other. shown: by id, what of an item counts (all).
     """
     kept: dict[tuple[str, str], list[Item]] = {}
     for item in sorted(items, key=_version, reverse=True):
-        rivals = kept.setdefault(_tile_key(item), [])
-        if not any(_same_ground(item, other) for other in rivals):
-            rivals.append(item)
-    return [item for rivals in kept.values() for item in rivals]
+        newer = kept.setdefault(_tile_key(item), [])
+        own, *others = (shown[i["id"]] if shown else area_of(i) for i in (item, *newer))
+        if all(own.intersection(other).area <= SAME_GROUND * own.area for other in others):
+            newer.append(item)
+    return [item for newer in kept.values() for item in newer]
 
 
 def _version(item: Item) -> tuple[float, int, str, str]:
@@ -372,15 +384,11 @@ def _tile_key(item: Item) -> tuple[str, str]:
     properties = item["properties"]
     code = properties.get("grid:code") or properties.get("s2:mgrs_tile") or ""
     found = re.search(r"\d{1,2}[A-Z]{3}", f"{code} {item['id']}")
-    return acquisition_id(item), found[0] if found else ""
+    return acquisition_id(item), found[0] if found else str(properties.get("landsat:wrs_row", ""))
 
 
-def _same_ground(one: Item, other: Item) -> bool:
-    a, b = _area(one), _area(other)
-    return a.intersection(b).area > 0.5 * min(a.area, b.area)
-
-
-def _area(item: Item) -> shapely.Geometry:
+def area_of(item: Item) -> shapely.Geometry:
+    """What an item says that it shows, in degrees."""
     if item.get("geometry"):
         return shapely.make_valid(shape(item["geometry"]))
     return around(tuple(item["bbox"]))
@@ -400,7 +408,7 @@ class Scenes:
     def __init__(self, items: list[Item], max_scenes: int) -> None:
         self.items = items
         self.max_scenes = max_scenes
-        areas = [_area(item) for item in items]
+        areas = [area_of(item) for item in items]
         near = [i for i, a in enumerate(areas) if a.bounds[0] < -170 or a.bounds[2] > 170]
         # Twice around the antimeridian, so that a cell that crosses it finds both sides
         shifted = [(i, shapely.affinity.translate(areas[i], dx)) for i in near for dx in (-360, 360)]
@@ -414,17 +422,21 @@ class Scenes:
         """At most `max_scenes` acquisitions for a cell, in order of time.
 
         Each month's clearest first, then each month's second, and so on, so that they spread over the period;
-        ties by id. How clear: the share of the cell that the acquisition covers and its clouds leave free.
-        Depends on the items and the cell alone.
+        ties by id. How clear: the share of the cell that the acquisition covers and its clouds leave free. Of several
+        versions of what a product shows of the cell the newest. Depends on the items and the cell alone.
         """
         place = _cell_polygon(cell_grid(epsg, cell, resolution))
-        groups: dict[str, dict[int, float]] = {}
+        shown: dict[int, shapely.Geometry] = {}
         near = self._tree.query(place, predicate="intersects")
-        shares = shapely.area(shapely.intersection(self._shapes[near], place)) / place.area
-        for index, covered in zip(near, shares.tolist(), strict=True):
-            item = self._owner[index]
-            group = groups.setdefault(self._acquisitions[item], {})
-            group[item] = max(group.get(item, 0.0), covered)
+        for index, part in zip(near, shapely.intersection(self._shapes[near], place), strict=True):
+            item = self._owner[index]  # in two parts, if cut at the antimeridian
+            shown[item] = shapely.union(shown[item], part) if item in shown else part
+        of_id = {self.items[i]["id"]: part for i, part in shown.items()}
+        kept = {item["id"] for item in newest([self.items[i] for i in shown], of_id)}
+        groups: dict[str, dict[int, float]] = {}
+        for item, part in shown.items():
+            if self.items[item]["id"] in kept:
+                groups.setdefault(self._acquisitions[item], {})[item] = part.area / place.area
         chosen = _spread([self._candidate(name, group) for name, group in groups.items()])
         return [
             Acquisition(c.id, tuple(sorted((self.items[i] for i in c.members), key=lambda item: item["id"])))

@@ -133,3 +133,21 @@ def test_public_composite_is_lazy_and_the_same():
 def test_bad_rules(bad, message):
     with pytest.raises(InputError, match=message):
         Rule(**bad)
+
+
+def test_a_class_told_twice_is_masked_once():
+    rule = Rule(masked=(8, 8, 3))
+    assert rule == Rule(masked=(3, 8)) and rule.as_dict()["masked"] == [3, 8]
+    looks = np.full((3, 1, 1), 2000, np.uint16)
+    classes = np.array([8, 9, 4], np.uint8).reshape(3, 1, 1)
+    _, count = composite_looks(
+        lambda _: looks.copy(), [True], classes, np.arange(3), Rule(masked=(8, 8), min_clear=1)
+    )
+    assert count.item() == 2  # a sum of bits would have masked 9
+
+
+def test_negative_reflectance_is_dark():
+    values = np.array([-0.0005, np.nan, 7.0], np.float32).reshape(1, 1, 1, 3)
+    cube = xr.DataArray(np.repeat(values, 3, axis=0), dims=("time", "band", "y", "x"), coords={"band": ["red"]})
+    image = composite(cube).values.ravel()
+    assert image[0] == pytest.approx(1e-4) and np.isnan(image[1]) and image[2] == pytest.approx(6.5535, abs=1e-3)

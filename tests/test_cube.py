@@ -368,3 +368,62 @@ def test_buckets_are_opened_as_they_are():
     href = "s3://usgs-landsat/collection02/B4.TIF"
     access.check(href)
     assert address_of(href, access) == href
+
+
+@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize("reader", READERS)
+def test_what_is_read_at_a_time_decides_nothing(reader, told, tmp_path):
+    """A source in degrees, 1 degree wide: in the zone its edge bulges by 120 m between its corners."""
+    place, shape = Affine(1e-3, 0, -63.5, 0, -1e-3, 45.2), (200, 1000)
+    write_tif(tmp_path / "b.tif", np.full(shape, 3000, np.uint16), 4326, place)
+    one = item("g", "2023-06-01", (-63.5, 45.0, -62.5, 45.2), {"blue": str(tmp_path / "b.tif")})
+    if told:
+        one["properties"] |= {"proj:epsg": 4326, "proj:transform": list(place)[:6], "proj:shape": list(shape)}
+    top = 4983070.0  # that of the lower corners
+    small, large = (Grid(32620, 498_720.0, top + above, 100 + int(above / 10), 256) for above in (0.0, 1000.0))
+    found = [
+        load_layers([one], grid, bands=("blue",), reader=reader, warn=False)["dn"].values for grid in (small, large)
+    ]
+    assert (found[0] > 0).sum() > 2000
+    if reader == "stackstac":  # odc-stac's warp depends on what is read
+        np.testing.assert_array_equal(found[0], found[1][..., 100:, :])
+
+
+def test_a_source_as_wide_as_the_earth_is_seen(tmp_path):
+    for epsg, place, shape in (
+        (4326, Affine(0.1, 0, -180, 0, -0.1, 90), (1800, 3600)),
+        (3857, Affine(40000, 0, -20037508.34, 0, -40000, 20037508.34), (1001, 1001)),
+    ):
+        write_tif(tmp_path / f"{epsg}.tif", np.full(shape, 3000, np.uint16), epsg, place)
+        one = item("g", "2023-06-01", (-180, -85, 180, 85), {"blue": str(tmp_path / f"{epsg}.tif")})
+        one["properties"] |= {"proj:epsg": epsg, "proj:transform": list(place)[:6], "proj:shape": list(shape)}
+        layers = load_layers([one], Grid(32620, 500_000.0, 5e6, 64, 64), bands=("blue",), warn=False)
+        assert (layers["dn"].values == 3000).all()
+
+
+def test_items_that_miss_the_grid_are_no_layers(tmp_path):
+    grid = Grid(32620, 500_000.0, 5e6, 64, 64)
+    write_tif(tmp_path / "b.tif", np.full((64, 64), 3000, np.uint16), 32620, Affine(10, 0, 600_000, 0, -10, 5e6))
+    far = item("far", "2023-06-01", (-61.8, 45.1, -61.7, 45.2), {"blue": str(tmp_path / "b.tif")})
+    near = {"proj:epsg": 32620, "proj:transform": [10, 0, 600_000, 0, -10, 5e6], "proj:shape": [64, 64]}
+    for one in (far, {**far, "properties": {**far["properties"], **near}}):
+        assert load_layers([one], grid, bands=("blue",), warn=False).sizes["time"] == 0
+
+
+def test_a_file_with_coordinates_of_its_own_names_itself(tmp_path):
+    with rasterio.open(
+        tmp_path / "local.tif",
+        "w",
+        driver="GTiff",
+        crs='LOCAL_CS["x",UNIT["metre",1]]',
+        transform=Affine(10, 0, 500_000, 0, -10, 5e6),
+        height=64,
+        width=64,
+        count=1,
+        dtype="uint16",
+    ) as file:
+        file.write(np.full((64, 64), 1000, np.uint16), 1)
+    one = item("x", "2023-06-01", (-63.1, 45.0, -62.9, 45.2), {"blue": str(tmp_path / "local.tif")})
+    layers = load_layers([one], Grid(32620, 500_000.0, 5e6, 64, 64), bands=("blue",), warn=False)
+    with pytest.raises(ReadError, match=r"local\.tif' can't be read"):
+        layers["dn"].compute()

@@ -148,3 +148,16 @@ def test_a_tile_inside_a_box_is_planned_without_its_pixels():
     for _ in range(50):
         assert wanted_windows(tile, (-66.0, -20.0, -60.0, -1.0)) == (0, 8, 0, 8)
     assert (time.process_time() - start) / 50 < 2e-3
+
+
+@pytest.mark.parametrize("south", [45.127498263515, -45.177498263515])
+def test_a_wide_box_is_whole_where_its_edges_bulge(south):
+    """A parallel lies farthest south (or north) at the central meridian, here just beyond a super-tile's border."""
+    bbox = (-65.99, south, -60.3, south + 0.05)
+    (grid,) = grids(bbox, 2048)
+    to_zone = Transformer.from_crs(4326, grid.epsg, always_xy=True)
+    _, bottom, _, top = grid.bounds
+    lon = np.linspace(bbox[0], bbox[2], 2001)
+    for lat in (bbox[1], bbox[3]):
+        y = to_zone.transform(lon, np.full_like(lon, lat))[1]
+        assert bottom <= y.min() and y.max() <= top

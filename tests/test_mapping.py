@@ -678,3 +678,21 @@ def test_a_killed_run_goes_on_to_the_same_bytes(kill, more, said, made, inner, o
     for name in ("probability", "observations", "composite", "quicklook"):
         one, other = (xr.open_zarr(p, group="utm32620", mask_and_scale=False)[name].values for p in (out, made[0]))
         np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("option", "match"),
+    [
+        ({"max_scenes": 5.5}, "max_scenes is 5.5: give a whole number"),
+        ({"min_clear": float("nan")}, "min_clear is nan: give a whole number"),
+        ({"masked": (8.0,)}, "whole numbers from 0 to 11"),
+        ({"months": 0}, "months 0: give numbers from 1 to 12"),
+        ({"chunk": 512.0}, "chunk is 512.0: give a whole number"),
+    ],
+)
+def test_options_of_other_types_are_refused_before_anything_is_written(option, match, inner, options, tmp_path):
+    with pytest.raises(InputError, match=match):
+        map_area(inner, "2023", tmp_path / "map.zarr", **{**options, **option})
+    with pytest.raises(InputError, match="is not four numbers"):
+        map_area(("a", 1, 2, 3), "2023", tmp_path / "map.zarr", **options)
+    assert not list(tmp_path.iterdir())

@@ -9,6 +9,7 @@ import pytest
 from conftest import item, item_file
 
 from minemap.errors import CatalogueError, InputError, NoItemsError
+from minemap.grid import cell_grid, grids
 from minemap.scenes import Period, Scenes, acquisition_id, newest, parse_months, parse_period, search
 from minemap.sentinel2 import OFFSET, asset_key, baseline, contradicts, scaling
 
@@ -178,3 +179,57 @@ def test_bands_under_every_catalogue_name():
     odd["assets"]["band2"]["eo:bands"] = [{"common_name": "blue"}]
     odd["assets"]["all"]["eo:bands"] = [{"common_name": "blue"}, {"common_name": "red"}]
     assert asset_key(odd, "blue") == "band2" and asset_key(odd, "red") is None
+
+
+def _shown(name, box, **properties):
+    take = {"s2:datatake_id": "GS2A_20230601T143741_000001_N04.00", "grid:code": "MGRS-20NKP"}
+    return item(name, "2023-06-01", box, HREFS, **take, **properties)
+
+
+def test_a_version_that_shows_less_costs_no_ground():
+    """The newer version shows the eastern cell only: the western one keeps the older, whichever was asked for."""
+    west, east = cell_grid(32620, (24, 33)).lonlat_bounds, cell_grid(32620, (27, 33)).lonlat_bounds
+    whole = (west[0] - 0.1, west[1] - 0.1, east[2] + 0.1, east[3] + 0.1)
+    old = _shown("S2A_20NKP_20230601_0_L2A", whole, **{"s2:processing_baseline": "04.00"})
+    new = _shown("S2A_20NKP_20230601_1_L2A", (west[2] + 0.05, *whole[1:]), **{"s2:processing_baseline": "05.00"})
+    for items in ([old, new], [old]):
+        (acquisition,) = Scenes(items, 9).choose(32620, (24, 33))
+        assert [i["id"] for i in acquisition.items] == [old["id"]]
+    (acquisition,) = Scenes([old, new], 9).choose(32620, (27, 33))
+    assert [i["id"] for i in acquisition.items] == [new["id"]]
+
+
+def test_scenes_across_the_antimeridian_cover_with_both_parts():
+    """Cover cut at 180 degrees counts whole: a clouded scene of all of a cell is clearer than a clear one of half."""
+    (grid,) = (g for g in grids((179.95, -17.0, -179.95, -16.9), 2048) if g.epsg == 32701)
+    cell = next(grid.tiles(2048)).cell
+    west, south, east, north = cell_grid(32701, cell).lonlat_bounds
+    assert west > east
+    all_of_it = item("z", "2023-06-01", (west - 0.2, south - 0.2, east + 0.2, north + 0.2), HREFS)
+    parts = [(west - 0.2, 180.0), (-180.0, east + 0.2)]
+    rings = [
+        [[a, south - 0.2], [b, south - 0.2], [b, north + 0.2], [a, north + 0.2], [a, south - 0.2]] for a, b in parts
+    ]
+    all_of_it["geometry"] = {"type": "MultiPolygon", "coordinates": [[ring] for ring in rings]}
+    all_of_it["properties"]["eo:cloud_cover"] = 20
+    half = item("a", "2023-06-02", (-180.0, south - 0.2, east + 0.2, north + 0.2), HREFS)
+    (chosen,) = Scenes([half, all_of_it], 1).choose(32701, cell)
+    assert chosen.items[0]["id"] == "z"
+
+
+def test_a_pass_over_midnight_is_one_look():
+    """Rows of one path over eastern Australia, on both sides of midnight UTC; both show ground of their own."""
+    rows = []
+    for row, time, south in (("077", "2023-06-01T23:59:50Z", -34.0), ("078", "2023-06-02T00:00:14Z", -35.4)):
+        one = item(f"LC08_090{row}", time[:10], (149.0, south, 151.0, south + 1.6), {"blue": "/b.tif"})
+        one["properties"] |= {
+            "datetime": time,
+            "platform": "landsat-8",
+            "landsat:wrs_path": "090",
+            "landsat:wrs_row": row,
+        }
+        rows.append(one)
+    assert acquisition_id(rows[0]) == acquisition_id(rows[1])
+    assert newest(rows) == rows or newest(rows) == rows[::-1]
+    later = {**rows[1], "properties": {**rows[1]["properties"], "datetime": "2023-06-03T00:00:14Z"}}
+    assert acquisition_id(later) != acquisition_id(rows[0])

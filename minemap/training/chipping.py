@@ -382,7 +382,7 @@ def _freeze(target: Store, places: list[Grid], where: Source, when: Period, o: O
 
 def _found(bbox: BBox, where: Source, when: Period, o: Options) -> Scenes:
     months = parse_months(o.months)
-    items = search(bbox, when, stac=where, max_cloud=o.max_cloud, months=months, exclude=o.exclude)
+    items = search(bbox, when, stac=where, max_cloud=o.max_cloud, months=months, exclude=o.exclude, versions=True)
     return Scenes(items, o.max_scenes)
 
 
