@@ -27,11 +27,12 @@ lint: $(VENV)/.installed-test
 bench: $(VENV)/.installed-test
 	$(BIN)/python -m benchmarks
 
+# A folder that is only half made must not be taken for one
 $(BIN)/python:
 ifdef UV
 	$(UV) venv --quiet --seed --python $(PYTHON) $(VENV)
 else
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv --clear $(VENV) || { rm -rf $(VENV); exit 1; }
 endif
 
 $(VENV)/.installed: pyproject.toml | $(BIN)/python

@@ -59,7 +59,8 @@ CLOUD = np.array([0.66, 0.68, 0.70, 0.74, 0.52, 0.40], np.float32)
 HAZE = np.array([1.0, 0.75, 0.5, 0.25, 0.08, 0.04], np.float32)  # against blue
 NOISE = np.array([0.0012, 0.0012, 0.0013, 0.0020, 0.0020, 0.0018], np.float32)
 SCL_CLOUDS = (8, 9, 10)
-FINE, COARSE = BANDS[:4], BANDS[4:]  # at 10 m, at 20 m
+COARSE = BANDS[4:]  # at 20 m
+FIRST_YEAR, LAST_YEAR = 1678, 2260  # what dates in nanoseconds hold
 
 # file, title, common name, centre wavelength and width in µm, ground sampling distance in m
 ASSETS: dict[str, tuple[str, str, str, float, float, int]] = {
@@ -111,8 +112,9 @@ class DemoConfig:
             raise InputError(f"centre {self.lon}, {self.lat}: longitude ±180 and latitude ±83.5 at most")
         if self.seed < 0:
             raise InputError(f"seed is {self.seed}: give 0 or more")
-        if not all(1 <= year <= 9999 for year in self.years):
-            raise InputError(f"years {', '.join(map(str, self.years))}: give years from 1 to 9999")
+        if not all(FIRST_YEAR <= year <= LAST_YEAR for year in self.years):
+            told = f"years {', '.join(map(str, self.years))}"
+            raise InputError(f"{told}: give years from {FIRST_YEAR} to {LAST_YEAR}")
         if not self.years or not 1 <= self.scenes_per_year <= 100:
             raise InputError("at least one year and 1 to 100 scenes a year are needed")
 

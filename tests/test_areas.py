@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict
 
 import geopandas
@@ -14,10 +15,12 @@ from shapely.geometry import MultiPoint, MultiPolygon, Point, Polygon, box
 from minemap.areas import POOR, area_table, first_year
 from minemap.checkpoint import load_model
 from minemap.errors import InputError, StoreError
+from minemap.files import write_atomically
 from minemap.grid import WINDOW, grids, pixel_area_km2
 from minemap.scenes import parse_period
 from minemap.sites import Site, bounds, read_sites
 from minemap.store import Store
+from minemap.vectors import AOI, inside_aoi
 
 GEOD = Geod(ellps="WGS84")
 
@@ -131,6 +134,22 @@ def test_sites_partly_and_wholly_outside_the_map(made, tmp_path):
     geopandas.GeoDataFrame(geometry=[shapes["outside"]], crs=4326).to_file(lost)
     with pytest.raises(InputError, match="holds nothing of the asked places: map them first"):
         area_table(made, sites=lost)
+
+
+def test_a_map_clipped_to_an_area_counts_no_more_than_that(made, tmp_path):
+    """Boxes and whole maps end at the map's own aoi, sites do not."""
+    path = tmp_path / "map.zarr"
+    shutil.copytree(made, path)
+    shutil.copytree(Store(made).meta, Store(path).meta)
+    west, south, east, north = BOX
+    aoi = box(west, south, (west + east) / 2, north)
+    write_atomically(Store(path).meta / AOI, aoi.wkt)
+    grid = Store(made).grid("utm32620")
+    area = pixel_area_km2(grid)
+    within = area[inside_aoi(grid, Store(path).meta / AOI) & grid.inside(BOX)].sum()
+    clipped, table = area_table(path, bbox=BOX), area_table(made, bbox=BOX)
+    for row, whole in zip(clipped.itertuples(), table.itertuples(), strict=True):
+        assert row.site_area_km2 == pytest.approx(within) and row.site_area_km2 < 0.6 * whole.site_area_km2
 
 
 def test_sites_from_points_names_and_many_parts(tmp_path):

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -21,7 +22,7 @@ from shapely.geometry import box
 from test_areas import BOX, EDGE, store_of
 
 import minemap
-from minemap.changes import CLASSES, _reading, compare, told
+from minemap.changes import CLASSES, Comparison, _reading, compare, told
 from minemap.checkpoint import DEFAULT_CHANGE_MODEL, Recipe, save
 from minemap.demo import DemoConfig, make_demo
 from minemap.errors import InputError, StoreError
@@ -161,6 +162,20 @@ def test_a_damaged_super_tile_is_made_again(made, tmp_path):
         assert minemap.change(made, before="2019", after="2023", out=out)["super_tiles_computed"] == 1
         assert files(out) == files(whole)
     assert minemap.change(made, before="2019", after="2023", out=out)["super_tiles_computed"] == 0
+
+
+def test_a_neighbour_mapped_again_counts_for_a_network_that_looks_over_the_edge(made, tmp_path):
+    """The answer of the maps alone does not depend on it."""
+    path = shutil.copytree(made, tmp_path / "map.zarr")
+    shutil.copytree(Store(made).meta, Store(path).meta)
+    store = Store(path)
+    before, after, *_ = store.periods(GROUP)
+    tile, *_ = store.done(GROUP, before)
+    beside = replace(tile, left=tile.left + tile.width * 10)
+    jobs = [Comparison(store, store, before, after, 50, {}, detector) for detector in (None, object())]
+    digests = [job.source(tile) for job in jobs]
+    store.write_record(beside, before, {"windows": [0, 2, 0, 2], "items": ["another"]})
+    assert [job.source(tile) == digest for job, digest in zip(jobs, digests, strict=True)] == [True, False]
 
 
 def test_what_was_mapped_again_is_compared_again(made, tmp_path, model):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import geopandas
 import numpy as np
@@ -287,6 +288,42 @@ def test_mines_at_the_edge_of_a_zone_are_in_chips(tmp_path, lon, lat):
     geod = Geod(ellps="WGS84")
     true = sum(abs(geod.geometry_area_perimeter(g)[0]) for g in shapely.get_parts(shapely.union_all(squares))) / 1e6
     assert mined == pytest.approx(true, rel=0.01)
+
+
+def test_mines_on_both_sides_of_the_antimeridian_are_in_one_chip(tmp_path):
+    """A window of zone 60 that reaches over 180 degrees holds what lies beyond, at -180 in the file."""
+    squares = [shapely.box(179.990, -0.012, 179.996, -0.004), shapely.box(-179.998, -0.012, -179.992, -0.004)]
+    geopandas.GeoDataFrame(geometry=squares, crs=4326).to_file(tmp_path / "mines.gpkg")
+    ground = read_ground(tmp_path / "mines.gpkg", None, 0)
+    beyond = 0
+    for place in (p for p in mine_places(ground, 512, 10.0) if p.epsg == 32760):
+        lon, _ = place._degrees(place.y, place.x)
+        beyond += int((ground.zones[32760].mask(place) & (lon % 360 > 180)).sum())
+    assert beyond > 1000
+
+
+@pytest.mark.parametrize("count", [2, 6])
+@pytest.mark.parametrize("seed", range(5))
+def test_something_is_left_to_learn_from(count, seed):
+    drawn = splits(np.array([f"b{n}" for n in range(count)]), 0.95, seed)
+    assert set(drawn) == {"train", "val"}
+
+
+def test_a_set_that_cannot_be_made_anew_keeps_what_it_was(made, land, tmp_path):
+    _, items, polygons, _ = land
+    out = tmp_path / "chips.zarr"
+    shutil.copytree(made[0], out)
+    shutil.copytree(made[0].with_name("chips.zarr.meta"), tmp_path / "chips.zarr.meta")
+    with pytest.raises(NoItemsError):
+        make_chips(polygons, "2001", out, stac=items, rule=FINE, overwrite=True, **QUICK)
+    assert load_chips(out).mask.size and (tmp_path / "chips.zarr.meta" / "items.json").exists()
+    np.savez(tmp_path / "results.npz", years=1)
+    (tmp_path / "text.zarr").write_text("years of work")
+    for foreign in ("results.npz", "text.zarr"):
+        with pytest.raises(StoreError, match="is not a set of chips"):
+            make_chips(polygons, "2023", tmp_path / foreign, stac=items, rule=FINE, overwrite=True)
+    with pytest.raises(InputError, match="option aoi is a map's"):
+        make_chips(polygons, "2023", tmp_path / "a.npz", stac=items, rule=FINE, aoi="b.gpkg")
 
 
 # --- the real polygons ------------------------------------------------------------------------------------------

@@ -151,3 +151,19 @@ def test_negative_reflectance_is_dark():
     cube = xr.DataArray(np.repeat(values, 3, axis=0), dims=("time", "band", "y", "x"), coords={"band": ["red"]})
     image = composite(cube).values.ravel()
     assert image[0] == pytest.approx(1e-4) and np.isnan(image[1]) and image[2] == pytest.approx(6.5535, abs=1e-3)
+
+
+def test_looks_are_counted_to_255():
+    looks = np.full((300, 1, 1), 2000, np.uint16)
+    classes = np.full((300, 1, 1), 4, np.uint8)
+    _, count = composite_looks(lambda _: looks.copy(), [True], classes, np.arange(300), Rule())
+    assert count.dtype == np.uint8 and count.item() == 255
+
+
+def test_bright_ground_needs_looks_enough_to_be_rescued():
+    """As many as `rescue_looks`, of which more than `rescue_share` are called cloud."""
+    for number, seen in ((4, True), (3, False)):
+        looks = np.full((number, 1, 1), 6000, np.uint16)
+        classes = np.full((number, 1, 1), 9, np.uint8)
+        _, count = composite_looks(lambda _, looks=looks: looks.copy(), [True], classes, np.arange(number), Rule())
+        assert bool(count.item()) == seen

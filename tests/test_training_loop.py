@@ -48,6 +48,28 @@ def teacher(chips: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(train(make_config({**TINY, "out": str(out), "data": [chips], "architecture": "fpn"})).path)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("threads", 0),
+        ("seed", -1),
+        ("learning_rate", float("nan")),
+        ("temperature", 0.0),
+        ("scatter_cell", -5),
+        ("warmup", -3),
+        ("holes", 7.0),
+        ("ema", 1.5),
+        ("fine_share", 2.0),
+        ("holdout_fold", 5),
+        ("dice", -1.0),
+        ("blend", 2.0),
+    ],
+)
+def test_values_out_of_range(key: str, value: float) -> None:
+    with pytest.raises(InputError, match=f"training option {key}=.* is not possible"):
+        make_config({"out": "x", key: value})
+
+
 def _config(chips: str, out: Path, **changes: object) -> TrainConfig:
     return make_config({**TINY, "out": str(out), "data": [chips], **changes})
 
@@ -388,6 +410,11 @@ def test_evaluate_command_prints_json(chips: str, teacher: str, capsys: pytest.C
     assert set(found["by"]) == {"odd", "even"}
     commands.run_evaluate(parser.parse_args([*args, "--bands", "red,green,blue"]))
     assert "miou" in capsys.readouterr().out
+    recalls = []
+    for threshold in ("0.01", "0.99"):
+        commands.run_evaluate(parser.parse_args([*args, "--threshold", threshold, "--json"]))
+        recalls.append(json.loads(capsys.readouterr().out)["recall"])
+    assert recalls[0] > recalls[1]
     with pytest.raises(InputError, match="between 0 and 1"):
         commands.run_evaluate(parser.parse_args([*args, "--threshold", "7"]))
 

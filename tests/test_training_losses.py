@@ -10,7 +10,8 @@ from skimage.filters import sobel_h, sobel_v
 from torch import Tensor
 
 from minemap.training import losses
-from minemap.training.losses import IGNORE, SELECTIONS, LossWeights
+from minemap.training.config import SELECTIONS
+from minemap.training.losses import IGNORE, LossWeights
 
 
 @pytest.fixture

@@ -10,14 +10,18 @@ end: the same command goes on where an interrupted one stopped, with the same sc
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import math
 import shutil
 import time
 import warnings
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -34,7 +38,7 @@ from zarr.codecs import ZstdCodec
 from minemap import __version__
 from minemap.compositing import Rule
 from minemap.errors import InputError, NoItemsError, StoreError
-from minemap.files import write_atomically
+from minemap.files import read_json, write_atomically
 from minemap.grid import CHUNK, BBox, Grid, cell_grid, continuous_lonlat, grids, zone_epsg
 from minemap.planning import Options
 from minemap.reader import Access
@@ -48,6 +52,20 @@ from minemap.vectors import in_zone, inside, read_polygons
 
 SIZES = (64, 128, 256, 512, 1024, CHUNK)  # pixels; they divide a cell, whose scenes a chip uses
 NEAR = 4  # windows; how far from a chip with a mine land without one is drawn
+# Of a map's options those that say which scenes, and how they become an image
+USED = [
+    "stac",
+    "collection",
+    "max_cloud",
+    "max_scenes",
+    "min_clear",
+    "months",
+    "exclude",
+    "masked",
+    "rescue",
+    "reader",
+    "overwrite",
+]
 TOGETHER = 16  # chips in a chunk of the Zarr arrays
 
 
@@ -232,7 +250,7 @@ def splits(block: NDArray[np.str_], val: float, seed: int) -> NDArray[np.str_]:
     names, sizes = np.unique(block, return_counts=True)
     order = np.argsort([_draw(seed, name) for name in names])
     before = np.cumsum(sizes[order]) - sizes[order]
-    chosen = names[order][before + sizes[order] / 2 <= val * len(block)]
+    chosen = names[order][before + sizes[order] / 2 <= val * len(block)][: len(names) - 1]  # one is learned from
     if val and not len(chosen) and len(names) > 1:
         chosen = names[[np.argmin(sizes)]]
     return np.where(np.isin(block, chosen), "val", "train")
@@ -260,6 +278,9 @@ def make_chips(
     image (`planning.Options`). Raises subclasses of MinemapError; a call that was cut short goes on when repeated.
     """
     start, how, o = time.monotonic(), rule or ChipRule(), Options.named(options)
+    idle = [f.name for f in fields(o) if f.name not in USED and getattr(o, f.name) != f.default]
+    if idle:
+        raise InputError(f"option {idle[0]} is a map's: chips know {', '.join(USED)}")
     target = _target(out, overwrite=o.overwrite)
     when, where = parse_period(date), source(o.stac, o.collection)
     sensor = sensor_at(where)
@@ -275,7 +296,7 @@ def make_chips(
         try:
             _freeze(target, places, where, when, o)
         except NoItemsError:
-            if not any(target.meta.glob("chips/*.npz")):
+            if not target.exists() and not any(target.meta.glob("chips/*.npz")):
                 shutil.rmtree(target.meta, ignore_errors=True)
             raise
         reading = Reading(target, when, BANDS, _composite_rule(o), Access.of(where), o.reader)
@@ -298,7 +319,7 @@ def _target(out: str | Path, *, overwrite: bool) -> Store:
         raise InputError(f"output {target.path.name!r}: chips go to a name that ends in .zarr or .npz")
     if target.exists() and not overwrite:
         raise StoreError(f"{target.path} exists: choose another output, or give --overwrite")
-    if target.path.is_dir() and not is_chips(target.path):
+    if target.path.exists() and not is_chips(target.path):
         raise StoreError(f"{target.path} is not a set of chips: choose another output")
     return target
 
@@ -308,8 +329,10 @@ def _composite_rule(o: Options) -> Rule:
 
 
 def _digest(path: Path) -> str:
-    """SHA-256 of a file, or of all files of a folder (a geodatabase) in their order."""
+    """SHA-256 of a file (a shapefile with its companions), or of all files of a folder (a geodatabase), in order."""
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    if path.suffix.lower() == ".shp":
+        files = sorted(path.parent.glob(f"{glob.escape(path.stem)}.*"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
@@ -338,7 +361,7 @@ def _parameters(
 def _begin(target: Store, parameters: dict[str, Any], *, overwrite: bool) -> None:
     """Raises StoreError when chips of an unfinished set lie here that was begun with other parameters."""
     path = target.meta / "parameters.json"
-    begun = json.loads(path.read_text()) if path.exists() else {}
+    begun = read_json(path) or {}
     changed = [name for name, value in parameters.items() if begun.get(name) != value]
     if begun and changed and not overwrite and any(target.meta.glob("chips/*.npz")):
         raise StoreError(
@@ -391,10 +414,11 @@ def _chip_path(target: Store, place: Grid) -> Path:
 
 
 def _make(place: Grid, labels: Labels, how: Reading) -> None:
-    """One chip, unless it is there."""
+    """One chip, unless it is there whole."""
     path = _chip_path(how.store, place)
-    if path.exists():
-        return
+    with suppress(OSError, EOFError, ValueError, KeyError, zlib.error, zipfile.BadZipFile):
+        if all(_layer(how.store, place, name).size for name in ("image", "mask", "items")):
+            return
     image, _, used, _ = read_image(place, 0, how)
     seen = np.isfinite(image).any(axis=0)
     stored = np.nan_to_num(np.rint(image * np.float32(1e4))).astype(np.uint16)

@@ -87,10 +87,13 @@ def load_chips(path: str | Path) -> Chips:
 
 
 def is_chips(path: Path) -> bool:
-    """Whether a folder is a Zarr group of chips."""
+    """Whether a folder is a Zarr group of chips, or a file one that `minemap chips` made."""
     try:
-        return CHIPS_MARK in zarr.open_group(path, mode="r").attrs
-    except (OSError, ValueError, KeyError):
+        if path.is_dir():
+            return CHIPS_MARK in zarr.open_group(path, mode="r").attrs
+        with zipfile.ZipFile(path) as file:
+            return {"image.npy", "mask.npy", "parameters.npy"} <= set(file.namelist())
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
         return False
 
 
@@ -130,6 +133,8 @@ def _arrays(path: Path) -> dict[str, NDArray]:
         image, mask = arrays["image"], arrays["mask"]
     except (OSError, EOFError, ValueError, KeyError, zlib.error, zipfile.BadZipFile) as error:
         raise InputError(f"{path} cannot be read as chips, a .npz or .zarr: {error}") from error
+    if not np.isin(mask, (0, 1, IGNORE)).all():
+        raise InputError(f"{path}: mask holds other values than 0, 1 and {IGNORE} (not decided)")
     if image.ndim not in (4, 5) or mask.shape != image.shape[:-3] + image.shape[-2:]:
         raise InputError(f"{path}: image {image.shape} and mask {mask.shape} do not belong together")
     return arrays

@@ -102,9 +102,11 @@ def _assignment(text: str) -> tuple[str, Any]:
         raise InputError(f"--set {text!r}: give KEY=VALUE with a training option, as in epochs=20")
     if key in ARGUMENTS:
         raise InputError(f"--set {text!r}: {ARGUMENTS[key]} says that")
-    if get_origin(option_types().get(key)) is tuple and not value.startswith("["):
+    kind = option_types().get(key)
+    if get_origin(kind) is tuple and not value.startswith("["):
         return key, [_parsed(part) for part in value.split(",") if part]
-    return key, _parsed(value)
+    found = _parsed(value)
+    return key, value if kind is str and not isinstance(found, str) else found
 
 
 def _parsed(text: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -11,6 +12,21 @@ from minemap.checkpoint import DERIVED
 from minemap.errors import InputError
 from minemap.sentinel2 import BANDS
 
+SELECTIONS = ("none", "standard", "image", "pixel", "hybrid")  # what is distilled
+CHANCES = [
+    "smoothing",
+    "replay",
+    "crops",
+    "scatter",
+    "affine",
+    "absent",
+    "holes",
+    "blend",
+    "drop_swir",
+    "drop_infrared",
+    "toa",
+]
+WEIGHTS = ["bce", "dice", "ssim", "boundary", "distill", "attention", "weight_decay", "jitter", "scatter_cell"]
 # Reflectance that the atmosphere adds at the top: the gap of the dark objects (5th percentile of pixels that
 # are no mine) between mines_rgb (top of atmosphere) and mines6 (surface), for blue, green and red; none beyond.
 TOA_OFFSET = (0.0584, 0.0267, 0.0179, 0.0, 0.0, 0.0)
@@ -104,7 +120,7 @@ class TrainConfig:
         checks = {
             "rows": self.rows in ("all", "fine", "rest"),
             "coarse": self.coarse in ("none", "fitted", "blobs"),
-            "selection": self.selection in ("none", "standard", "image", "pixel", "hybrid"),
+            "selection": self.selection in SELECTIONS,
             "keep": self.keep in ("best", "last"),
             "schedule": self.schedule == "cosine" or (self.schedule == "plateau" and self.keep == "best"),
             "precision": self.precision in ("bf16", "fp32"),
@@ -112,6 +128,14 @@ class TrainConfig:
             "epochs": self.epochs > 0,
             "batch": self.batch > 1,
             "holdout": 0 <= self.holdout < 1,
+            "holdout_fold": self.holdout_fold >= 0 and self.holdout_fold * self.holdout < 1,
+            "fine_share": 0 < self.fine_share <= 1,
+            "threads": self.threads > 0,
+            "seed": self.seed >= 0,
+            "learning_rate": 0 <= self.learning_rate < math.inf,
+            "temperature": self.temperature > 0,
+            "warmup": self.warmup >= 0,
+            "ema": 0 <= self.ema < 1,
             "sizes": bool(self.sizes)
             and all(size > 0 and size % 32 == 0 for size in self.sizes),  # the networks' stride
             "scatter_cell": not any(size % self.cells(size) for size in self.sizes if size >= self.scene),
@@ -121,6 +145,8 @@ class TrainConfig:
             "blend": not (self.blend and self.architecture == "minenetcd"),  # would mix a pair's two orders
         }
         wrong = [key for key, good in checks.items() if not good]
+        wrong += [name for name in CHANCES if not 0 <= getattr(self, name) <= 1]
+        wrong += [name for name in WEIGHTS if not getattr(self, name) >= 0]
         if wrong:
             raise InputError(f"training option {wrong[0]}={getattr(self, wrong[0])!r} is not possible")
 

@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import sys
+import zipfile
+import zlib
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -121,7 +123,7 @@ def load(path: Path) -> Answers:
             columns = {name: file[name] for name in COLUMNS}
             told = {"stages": file["stages"].tolist(), "resolution": float(file["resolution"])}
             return Answers(columns=columns, **told, **{key: file[key] for key in ("percent", "mask", "fold")})
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, EOFError, ValueError, KeyError, zlib.error, zipfile.BadZipFile) as error:
         raise InputError(f"{path} cannot be read as the answers of a cross-fitting: {error}") from error
 
 

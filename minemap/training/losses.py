@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 IGNORE = 255
-SELECTIONS = ("none", "standard", "image", "pixel", "hybrid")
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5  # the window of Wang et al. 2004
 SSIM_C1, SSIM_C2 = 0.01**2, 0.03**2
 EPSILON = 1e-6
