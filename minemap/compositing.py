@@ -47,7 +47,7 @@ class Rule:
         if self.method != "median":
             raise InputError(f"unknown composite {self.method!r}: median is the only one")
         if not all(isinstance(c, Integral) and 0 <= c <= 11 for c in self.masked):
-            raise InputError(f"SCL classes {self.masked}: they are whole numbers from 0 to 11")
+            raise InputError(f"SCL classes {self.masked}: they are whole numbers and run from 0 to 11")
         object.__setattr__(self, "masked", tuple(sorted({int(c) for c in self.masked})))
         if self.min_clear < 1:
             raise InputError(f"min_clear is {self.min_clear}: at least one clear look is needed")

@@ -685,7 +685,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(kill, more, said, made, inner, o
     [
         ({"max_scenes": 5.5}, "max_scenes is 5.5: give a whole number"),
         ({"min_clear": float("nan")}, "min_clear is nan: give a whole number"),
-        ({"masked": (8.0,)}, "whole numbers from 0 to 11"),
+        ({"masked": (8.0,)}, "whole numbers and run from 0 to 11"),
         ({"months": 0}, "months 0: give numbers from 1 to 12"),
         ({"chunk": 512.0}, "chunk is 512.0: give a whole number"),
     ],
