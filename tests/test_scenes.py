@@ -212,7 +212,8 @@ def test_scenes_across_the_antimeridian_cover_with_both_parts():
     ]
     all_of_it["geometry"] = {"type": "MultiPolygon", "coordinates": [[ring] for ring in rings]}
     all_of_it["properties"]["eo:cloud_cover"] = 20
-    half = item("a", "2023-06-02", (-180.0, south - 0.2, east + 0.2, north + 0.2), HREFS)
+    larger = max(((west, 180.0), (-180.0, east)), key=lambda part: part[1] - part[0])
+    half = item("a", "2023-06-02", (larger[0], south - 0.2, larger[1], north + 0.2), HREFS)
     (chosen,) = Scenes([half, all_of_it], 1).choose(32701, cell)
     assert chosen.items[0]["id"] == "z"
 
