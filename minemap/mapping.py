@@ -99,7 +99,7 @@ def _job(made: Plan, store: Store, index: dict[str, int], sharing: int) -> Job:
         checkpoint=made.checkpoint,
         precision=made.settings.precision,
         sharing=sharing,
-        rule=made.rule,
+        rule=made.options.rule,
         access=Access.of(made.source),
         reader=made.options.reader,
         keep_composite=made.options.keep_composite,

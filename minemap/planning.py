@@ -81,7 +81,7 @@ class Options:
         for name in ("chunk", "max_scenes", "min_clear"):
             if not isinstance(getattr(self, name), Integral):
                 raise InputError(f"{name} is {getattr(self, name)!r}: give a whole number")
-        Rule(masked=self.masked, min_clear=self.min_clear)  # says what they may be
+        _ = self.rule  # says what its classes and looks may be
         if not 0 <= self.max_cloud <= 100:
             raise InputError(f"max_cloud is {self.max_cloud:g}: it is a percentage, 0 to 100")
         if self.max_scenes < max(1, self.min_clear):
@@ -89,6 +89,10 @@ class Options:
                 f"max_scenes is {self.max_scenes}, and a pixel needs {self.min_clear} clear looks (min_clear): with "
                 "fewer acquisitions nothing would be observed"
             )
+
+    @property
+    def rule(self) -> Rule:
+        return Rule(masked=self.masked, min_clear=self.min_clear, rescue=self.rescue)
 
     @staticmethod
     def named(options: dict[str, Any]) -> Options:
@@ -128,11 +132,6 @@ class Plan:
         scenes = {cell: store.scenes_of(*cell, self.period) for cell in cells}
         return {w: r for w, r in records.items() if r and done(r, w, scenes[w.tile.group, w.tile.cell])}
 
-    @cached_property
-    def rule(self) -> Rule:
-        o = self.options
-        return Rule(masked=o.masked, min_clear=o.min_clear, rescue=o.rescue)
-
     @property
     def items(self) -> list[Item]:
         """Newly chosen items by id."""
@@ -149,7 +148,7 @@ class Plan:
             "max_cloud": o.max_cloud,
             "max_scenes": o.max_scenes,
             "months": list(parse_months(o.months)),
-            "composite": self.rule.as_dict(),
+            "composite": o.rule.as_dict(),
             "bands": list(self.checkpoint.recipe.bands),
             "sensor": self.sensor.name,
             "resolution": self.sensor.resolution,

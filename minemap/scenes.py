@@ -9,7 +9,7 @@ import calendar
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
@@ -358,16 +358,23 @@ def _solar_day(item: Item) -> date:
     return (moment(item) + timedelta(hours=((middle + 180) % 360 - 180) / 15)).date()
 
 
-def newest(items: list[Item], shown: dict[str, shapely.Geometry] | None = None) -> list[Item]:
+def area_of(item: Item) -> shapely.Geometry:
+    """What an item says that it shows, in degrees."""
+    if item.get("geometry"):
+        return shapely.make_valid(shape(item["geometry"]))
+    return around(tuple(item["bbox"]))
+
+
+def newest(items: list[Item], shown: Callable[[Item], shapely.Geometry] = area_of) -> list[Item]:
     """Without older versions: of items of one acquisition and tile, those whose ground a newer one shows too go.
 
     Newest: highest baseline, then highest sequence number, then latest made, then id. Two datastrips of one
-    tile (their footprints hardly overlap) are no versions of each other. shown: by id, what of an item counts (all).
+    tile (their footprints hardly overlap) are no versions of each other. shown: what of an item counts (all of it).
     """
     kept: dict[tuple[str, str], list[Item]] = {}
     for item in sorted(items, key=_version, reverse=True):
         newer = kept.setdefault(_tile_key(item), [])
-        own, *others = (shown[i["id"]] if shown else area_of(i) for i in (item, *newer))
+        own, *others = map(shown, (item, *newer))
         if all(own.intersection(other).area <= SAME_GROUND * own.area for other in others):
             newer.append(item)
     return [item for newer in kept.values() for item in newer]
@@ -385,13 +392,6 @@ def _tile_key(item: Item) -> tuple[str, str]:
     code = properties.get("grid:code") or properties.get("s2:mgrs_tile") or ""
     found = re.search(r"\d{1,2}[A-Z]{3}", f"{code} {item['id']}")
     return acquisition_id(item), found[0] if found else str(properties.get("landsat:wrs_row", ""))
-
-
-def area_of(item: Item) -> shapely.Geometry:
-    """What an item says that it shows, in degrees."""
-    if item.get("geometry"):
-        return shapely.make_valid(shape(item["geometry"]))
-    return around(tuple(item["bbox"]))
 
 
 @dataclass(frozen=True)
@@ -432,7 +432,7 @@ class Scenes:
             item = self._owner[index]  # in two parts, if cut at the antimeridian
             shown[item] = shapely.union(shown[item], part) if item in shown else part
         of_id = {self.items[i]["id"]: part for i, part in shown.items()}
-        kept = {item["id"] for item in newest([self.items[i] for i in shown], of_id)}
+        kept = {item["id"] for item in newest([self.items[i] for i in shown], lambda item: of_id[item["id"]])}
         groups: dict[str, dict[int, float]] = {}
         for item, part in shown.items():
             if self.items[item]["id"] in kept:

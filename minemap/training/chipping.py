@@ -21,7 +21,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -36,7 +36,6 @@ from shapely.geometry import box
 from zarr.codecs import ZstdCodec
 
 from minemap import __version__
-from minemap.compositing import Rule
 from minemap.errors import InputError, NoItemsError, StoreError
 from minemap.files import read_json, write_atomically
 from minemap.grid import CHUNK, BBox, Grid, cell_grid, continuous_lonlat, grids, zone_epsg
@@ -52,20 +51,7 @@ from minemap.vectors import in_zone, inside, read_polygons
 
 SIZES = (64, 128, 256, 512, 1024, CHUNK)  # pixels; they divide a cell, whose scenes a chip uses
 NEAR = 4  # windows; how far from a chip with a mine land without one is drawn
-# Of a map's options those that say which scenes, and how they become an image
-USED = [
-    "stac",
-    "collection",
-    "max_cloud",
-    "max_scenes",
-    "min_clear",
-    "months",
-    "exclude",
-    "masked",
-    "rescue",
-    "reader",
-    "overwrite",
-]
+MAPS = ("aoi", "refresh", "keep_composite", "model", "extent", "chunk", "precision", "near")  # options of a map alone
 TOGETHER = 16  # chips in a chunk of the Zarr arrays
 
 
@@ -278,9 +264,8 @@ def make_chips(
     image (`planning.Options`). Raises subclasses of MinemapError; a call that was cut short goes on when repeated.
     """
     start, how, o = time.monotonic(), rule or ChipRule(), Options.named(options)
-    idle = [f.name for f in fields(o) if f.name not in USED and getattr(o, f.name) != f.default]
-    if idle:
-        raise InputError(f"option {idle[0]} is a map's: chips know {', '.join(USED)}")
+    if idle := [name for name in MAPS if getattr(o, name) != getattr(Options, name)]:
+        raise InputError(f"option {idle[0]} is a map's: chips have no use for it")
     target = _target(out, overwrite=o.overwrite)
     when, where = parse_period(date), source(o.stac, o.collection)
     sensor = sensor_at(where)
@@ -299,7 +284,7 @@ def make_chips(
             if not target.exists() and not any(target.meta.glob("chips/*.npz")):
                 shutil.rmtree(target.meta, ignore_errors=True)
             raise
-        reading = Reading(target, when, BANDS, _composite_rule(o), Access.of(where), o.reader)
+        reading = Reading(target, when, BANDS, o.rule, Access.of(where), o.reader)
         for done, place in enumerate(places):
             if progress:
                 progress(done, len(places))
@@ -324,10 +309,6 @@ def _target(out: str | Path, *, overwrite: bool) -> Store:
     return target
 
 
-def _composite_rule(o: Options) -> Rule:
-    return Rule(masked=o.masked, min_clear=o.min_clear, rescue=o.rescue)
-
-
 def _digest(path: Path) -> str:
     """SHA-256 of a file (a shapefile with its companions), or of all files of a folder (a geodatabase), in order."""
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
@@ -350,7 +331,7 @@ def _parameters(
         "max_scenes": o.max_scenes,
         "exclude": sorted(o.exclude),
         "months": list(parse_months(o.months)),
-        "composite": _composite_rule(o).as_dict(),
+        "composite": o.rule.as_dict(),
         "reader": o.reader,
         "sensor": sensor.name,
         "resolution": sensor.resolution,

@@ -117,6 +117,11 @@ class TrainConfig:
         for key, kind in option_types().items():
             if not _is(value := getattr(self, key), kind):
                 raise InputError(f"training option {key}={value!r} is no {getattr(kind, '__name__', kind)}")
+        if wrong := self._impossible():
+            raise InputError(f"training option {wrong[0]}={getattr(self, wrong[0])!r} is not possible")
+
+    def _impossible(self) -> list[str]:
+        """Names of options whose values do not do, by themselves or with the others."""
         checks = {
             "rows": self.rows in ("all", "fine", "rest"),
             "coarse": self.coarse in ("none", "fitted", "blobs"),
@@ -146,9 +151,7 @@ class TrainConfig:
         }
         wrong = [key for key, good in checks.items() if not good]
         wrong += [name for name in CHANCES if not 0 <= getattr(self, name) <= 1]
-        wrong += [name for name in WEIGHTS if not getattr(self, name) >= 0]
-        if wrong:
-            raise InputError(f"training option {wrong[0]}={getattr(self, wrong[0])!r} is not possible")
+        return wrong + [name for name in WEIGHTS if not getattr(self, name) >= 0]
 
     def cells(self, size: int) -> int:
         """Small chips along a side of a scene that shows several."""

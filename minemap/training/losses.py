@@ -13,7 +13,8 @@ from segmentation_models_pytorch.losses import DiceLoss
 from torch import Tensor
 from torch.nn import functional as F
 
-IGNORE = 255
+from minemap.training.chips import IGNORE
+
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5  # the window of Wang et al. 2004
 SSIM_C1, SSIM_C2 = 0.01**2, 0.03**2
 EPSILON = 1e-6

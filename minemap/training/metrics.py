@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-IGNORE = 255
+from minemap.training.chips import IGNORE
+
 BINS = 15  # of the reliability diagram
 TOLERANCE = 2  # pixels within which two boundaries agree
 
