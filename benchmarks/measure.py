@@ -45,7 +45,7 @@ def _against_bare(device: str, batches: tuple[int, ...], windows: int) -> Iterat
     from minemap.inference import Settings, layout, probability
 
     model, image = load_model(), _image(windows)
-    settings = Settings("bf16") if device == "cuda" else Settings.for_machine()
+    settings = Settings.for_machine("bf16" if device == "cuda" else None)
     network = model.network().to(device).to(memory_format=torch.channels_last)
     stack = np.stack([image[:, *window] for window in layout(model).windows(image.shape[1:])])
     tensors = torch.from_numpy(model.recipe.normalise(stack)).to(device)

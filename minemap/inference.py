@@ -11,7 +11,6 @@ import ctypes
 import os
 import platform
 import threading
-from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -33,12 +32,12 @@ NOT_OBSERVED = 255  # in per cent maps
 PRECISIONS = ("bf16", "fp32")
 _LOADING = threading.Lock()  # lru_cache would let two threads load the network at once
 BATCH = {"cpu": 2, "cuda": 32}  # 4 on a processor are no faster and take 270 MB more a stream
-GPU_STREAMS = 2  # one batch is cut and scaled while the GPU works at another
+ON_GPU = 2  # batches on a GPU at a time: it takes in one while it works at the other
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How the network is run. precision: part of a result's identity. streams: batches at a time on a CPU.
+    """How the network is run. precision: part of a result's identity. streams: threads, each with a batch of its own.
     resolution: metres of the image's pixels, None for those that the network was trained on."""
 
     precision: str = "fp32"
@@ -190,7 +189,7 @@ def probability_and_batch(image: np.ndarray, checkpoint: Checkpoint, settings: S
     with _LOADING:
         runner = _runner(checkpoint.path, checkpoint.sha256, settings)
     with runner.lock:
-        answer = run_windows(image, runner, layout(checkpoint), runner.map)
+        answer = run_windows(image, runner, layout(checkpoint), runner.pool.map)
         return_freed_memory()
         return answer, runner.batch
 
@@ -215,18 +214,10 @@ class Runner:
         self.batch = BATCH[self.device]
         self.network = for_inference(checkpoint.network()).to(self.device).to(memory_format=torch.channels_last)
         self.forward: Any = self.network.both_ways if self.recipe.dates == 2 else self.network
-        self.streams = settings.streams if self.device == "cpu" else GPU_STREAMS
-        self.pool = ThreadPoolExecutor(self.streams, "network", initializer=torch.set_num_threads, initargs=(1,))
-
-    def map(self, function: Any, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        """`map` over the pool, with no more batches cut than are needed soon."""
-        pending: list[Any] = []
-        for batch in batches:
-            pending.append(self.pool.submit(function, batch))
-            if len(pending) > self.streams:
-                yield pending.pop(0).result()
-        for future in pending:
-            yield future.result()
+        if self.device == "cuda":
+            torch.cuda.synchronize()  # the streams of the pool don't wait for what ours has begun
+        self.room = threading.Semaphore(settings.streams if self.device == "cpu" else ON_GPU)
+        self.pool = ThreadPoolExecutor(settings.streams, "network", _prepare_thread, (self.device,))
 
     def __call__(self, windows: np.ndarray) -> np.ndarray:
         """Of one batch; when memory runs out in halves of it, from then on for good."""
@@ -255,15 +246,24 @@ class Runner:
 
         dates = windows.reshape(len(windows), self.recipe.dates, -1, *windows.shape[2:])
         scaled = self.recipe.normalise(dates).reshape(len(windows), -1, *windows.shape[2:])
-        x = torch.from_numpy(scaled).to(self.device)
         bf16 = self.settings.precision == "bf16"
-        with torch.inference_mode(), torch.autocast(self.device, torch.bfloat16, enabled=bf16):
+        with self.room, torch.inference_mode(), torch.autocast(self.device, torch.bfloat16, enabled=bf16):
+            x = torch.from_numpy(scaled).to(self.device)
             logits = self.forward(x.contiguous(memory_format=torch.channels_last))
-        chance = torch.sigmoid(logits.float()).cpu().numpy()
+            chance = torch.sigmoid(logits.float()).cpu().numpy()
         if self.recipe.dates > 1:
             return signed(chance)
         resolution = self.settings.resolution or self.recipe.resolution
         return settle_open_water(windows, chance[:, 0], bands=self.recipe.bands, resolution=resolution)
+
+
+def _prepare_thread(device: str) -> None:
+    """One thread for torch in each of ours; on a GPU a stream of its own, so that copies and work overlap."""
+    import torch
+
+    torch.set_num_threads(1)
+    if device == "cuda":
+        torch.cuda.set_stream(torch.cuda.Stream())
 
 
 def signed(chance: np.ndarray) -> np.ndarray:

@@ -51,6 +51,8 @@ class Layout:
         return np.outer(across, across)
 
 
+Batch = list[tuple[slice, slice]]
+"""Rows and columns of the windows of one call."""
 Network = Callable[[np.ndarray], np.ndarray]
 """float32 (batch, band, seen, seen), NaN where not observed, to probabilities float32 (batch, seen, seen)."""
 
@@ -59,7 +61,7 @@ def run_windows(
     image: np.ndarray,
     network: Network,
     layout: Layout,
-    mapper: Callable[[Network, Iterable[np.ndarray]], Iterable[np.ndarray]] = map,
+    mapper: Callable[[Callable[[Batch], np.ndarray], Iterable[Batch]], Iterable[np.ndarray]] = map,
 ) -> np.ndarray:
     """Probability of every pixel of `image` but its margin, float32 (y, x), NaN where the image is not observed.
 
@@ -71,7 +73,7 @@ def run_windows(
         observed |= ~np.isnan(band)
     windows = [window for window in layout.windows(observed.shape) if observed[window].any()]
     batches = list(_batches(windows, layout.batch))
-    answers = mapper(network, (_stacked(image, batch, layout) for batch in batches))
+    answers = mapper(lambda batch: network(_stacked(image, batch, layout)), batches)
     out, weight = np.zeros(observed.shape, np.float32), layout.weight()
     for batch, answer in zip(batches, answers, strict=True):
         for window, probability in zip(batch, answer, strict=False):  # from north to south: the sum's order is fixed
@@ -81,12 +83,12 @@ def run_windows(
     return np.where(observed[inner], out[inner], np.float32(np.nan))
 
 
-def _batches(windows: list[tuple[slice, slice]], size: int) -> Iterator[list[tuple[slice, slice]]]:
+def _batches(windows: list[tuple[slice, slice]], size: int) -> Iterator[Batch]:
     for start in range(0, len(windows), size):
         yield windows[start : start + size]
 
 
-def _stacked(image: np.ndarray, batch: list[tuple[slice, slice]], layout: Layout) -> np.ndarray:
+def _stacked(image: np.ndarray, batch: Batch, layout: Layout) -> np.ndarray:
     """The last batch is filled up with windows of NaN: a batch of another size gives other last digits."""
     stacked = np.empty((layout.batch, len(image), layout.seen, layout.seen), np.float32)
     for i, window in enumerate(batch):

@@ -19,7 +19,16 @@ from minemap import map_area
 from minemap.demo import DemoConfig, make_demo
 from minemap.errors import InputError, NoItemsError, StoreError
 from minemap.sentinel2 import BANDS
-from minemap.training.chipping import ChipRule, blocks, make_chips, mine_places, name_of, read_ground, splits
+from minemap.training.chipping import (
+    ChipRule,
+    blocks,
+    empty_places,
+    make_chips,
+    mine_places,
+    name_of,
+    read_ground,
+    splits,
+)
 from minemap.training.chips import check_leakage, load_chips
 
 FINE = ChipRule(size=64, min_area=0, val=0.3)
@@ -288,6 +297,16 @@ def test_mines_at_the_edge_of_a_zone_are_in_chips(tmp_path, lon, lat):
     geod = Geod(ellps="WGS84")
     true = sum(abs(geod.geometry_area_perimeter(g)[0]) for g in shapely.get_parts(shapely.union_all(squares))) / 1e6
     assert mined == pytest.approx(true, rel=0.01)
+
+
+def test_negatives_lie_in_the_zone_that_owns_them(tmp_path):
+    mine = shapely.box(-60.01, 4.99, -60.002, 5.0)
+    geopandas.GeoDataFrame(geometry=[mine], crs=4326).to_file(tmp_path / "mine.gpkg")
+    ground = read_ground(tmp_path / "mine.gpkg", None, 0)
+    found = empty_places(mine_places(ground, 256, 10.0), ground, ChipRule(size=256, negatives=1000))
+    assert found and {p.epsg for p in found} == {32620}
+    lons = [p._degrees(p.y, p.x)[0].mean() for p in found]
+    assert max(lons) < -60
 
 
 def test_mines_on_both_sides_of_the_antimeridian_are_in_one_chip(tmp_path):

@@ -160,10 +160,10 @@ def test_looks_are_counted_to_255():
     assert count.dtype == np.uint8 and count.item() == 255
 
 
-def test_bright_ground_needs_looks_enough_to_be_rescued():
+@pytest.mark.parametrize(("seen", "cloudy", "counted"), [(3, 3, 0), (4, 4, 4), (5, 4, 1), (6, 5, 6)])
+def test_bright_ground_needs_looks_enough_to_be_rescued(seen, cloudy, counted):
     """As many as `rescue_looks`, of which more than `rescue_share` are called cloud."""
-    for number, seen in ((4, True), (3, False)):
-        looks, classes = np.zeros((6, 1, 1), np.uint16), np.zeros((6, 1, 1), np.uint8)  # the others show nothing here
-        looks[:number], classes[:number] = 6000, 9
-        _, count = composite_looks(lambda _, looks=looks: looks.copy(), [True], classes, np.arange(6), Rule())
-        assert bool(count.item()) == seen
+    looks, classes = np.zeros((6, 1, 1), np.uint16), np.zeros((6, 1, 1), np.uint8)  # the others show nothing here
+    looks[:seen], classes[:seen], classes[cloudy:seen] = 6000, 9, 4
+    _, count = composite_looks(lambda _: looks.copy(), [True], classes, np.arange(6), Rule())
+    assert count.item() == counted

@@ -55,7 +55,8 @@ def test_many_periods_of_one_day():
 def test_a_year_alone_stays_as_it_was():
     percent = np.arange(101, dtype=np.uint8).reshape(1, 1, 101)
     expected = np.clip(percent, 100 * CERTAIN, 100 - 100 * CERTAIN)
-    np.testing.assert_array_equal(smooth(percent, [2020], 0.37), expected)
+    for threshold in (0.37, 0, 1):
+        np.testing.assert_array_equal(smooth(percent, [2020], threshold), expected)
 
 
 @pytest.mark.parametrize(

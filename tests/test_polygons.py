@@ -155,6 +155,12 @@ def test_first_year_is_when_a_tenth_was_mined(tmp_path):
     assert (polygons(path, date="2020")["start"] == "2020-01-01").all()
 
 
+def test_periods_of_one_year_have_no_first_year(tmp_path):
+    mine = per_cent(blobs(3, sigma=30, share=0.2))
+    path = painted(tmp_path / "m.zarr", {GRID: {"2020-01": mine, "2020-07": mine}})
+    assert "first_year" not in polygons(path)
+
+
 @pytest.mark.parametrize(
     ("lon", "lat", "zones", "side"),
     [(-66.0, 6.25, 2, 10), (180.0, -16.5, 2, 10), (-66.0, 0.0, 4, 10), (-66, 6, 2, 30)],
