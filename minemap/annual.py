@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .areas import area_table, check_threshold
@@ -27,6 +28,7 @@ from .zones import CONSISTENT
 if TYPE_CHECKING:
     import pandas as pd
     from distributed import Client
+    from matplotlib.figure import Figure
 
 TABLES = (".csv", ".parquet")
 CONSISTENCY = ("hmm",)
@@ -232,6 +234,18 @@ def write_table(frame: pd.DataFrame, path: Path) -> None:
 def draw_chart(frame: pd.DataFrame, path: Path, store: Store) -> None:
     """Mapped area by year, a panel a site, with the estimate's bounds; poorly observed years are hollow, unjoined and
     without bounds: what they show is no loss."""
+    from matplotlib import pyplot as plt
+
+    figure = make_chart(frame, store)
+    try:
+        with drafted(path) as draft:
+            figure.savefig(draft, dpi=110)
+    finally:
+        plt.close(figure)
+
+
+def make_chart(frame: pd.DataFrame, store: Store) -> Figure:
+    """The figure of `draw_chart`; whoever asks for it closes it."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -246,6 +260,7 @@ def draw_chart(frame: pd.DataFrame, path: Path, store: Store) -> None:
     )
     for axis, name in zip(axes.flat, names, strict=False):
         _panel(axis, frame[frame["site"] == name], str(name))
+        axis.set_xlim(frame["year"].min() - 0.5, frame["year"].max() + 0.5)  # of all sites, seen or not
     for axis in axes.flat[len(names) :]:
         axis.set_axis_off()
     shown: dict[str, Any] = {}
@@ -254,12 +269,8 @@ def draw_chart(frame: pd.DataFrame, path: Path, store: Store) -> None:
     figure.legend(list(shown.values()), list(shown), loc="outside lower center", ncols=4, frameon=False)
     model, of = store.attributes()["model"], frame["site"].nunique()
     title = f"Mine area by year, model {model}" + (f" ({len(names)} of {of} sites)" if of > PANELS else "")
-    figure.suptitle(title, parse_math=False)
-    try:
-        with drafted(path) as draft:
-            figure.savefig(draft, dpi=110)
-    finally:
-        plt.close(figure)
+    figure.suptitle(fill(title, 45 * columns), parse_math=False)
+    return figure
 
 
 def _panel(axis: Any, rows: pd.DataFrame, name: str) -> None:
@@ -273,8 +284,9 @@ def _panel(axis: Any, rows: pd.DataFrame, name: str) -> None:
             away = [(middle - low).clip(lower=0), (high - middle).clip(lower=0)]
             axis.errorbar(known["year"], middle, away, fmt="_", capsize=4, color=colour, label=label)
     axis.plot(year, mapped.where(~poor), "o-", color="tab:red", label="mapped")
-    axis.plot(year[poor], mapped[poor], "o", mfc="white", color="tab:red", label="mapped, poorly observed")
-    axis.set_title(name, parse_math=False)  # a "$" in a name is no formula
+    if poor.any():
+        axis.plot(year[poor], mapped[poor], "o", mfc="white", color="tab:red", label="mapped, poorly observed")
+    axis.set_title(fill(name, 45), parse_math=False)  # a "$" in a name is no formula
     axis.set_ylabel("km²")
     axis.set_ylim(bottom=0)
     axis.xaxis.get_major_locator().set_params(integer=True)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from .zones import QUICKLOOK
 
 if TYPE_CHECKING:
     import geopandas
+    from matplotlib.figure import Figure
 
 PICTURE_SIDE = 1600  # pixels of the longer side of a panel
 BLOCK = 2048  # rows and columns copied at a time
@@ -244,7 +246,18 @@ def _tags(store: Store, data: xr.Dataset) -> dict[str, str]:
 
 
 def write_picture(data: xr.Dataset, out: Path, *, threshold: float | None, store: Store) -> None:
-    """The composite with the footprint's outline beside the probability: scale bar, legend, date."""
+    """The composite with the footprint's outline beside the probability: scale bar, north, legend, date."""
+    from matplotlib import pyplot as plt
+
+    figure = draw_picture(data, threshold=threshold, store=store)
+    try:
+        figure.savefig(out, dpi=110)
+    finally:
+        plt.close(figure)
+
+
+def draw_picture(data: xr.Dataset, *, threshold: float | None, store: Store) -> Figure:
+    """The figure of `write_picture`; whoever asks for it closes it."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -270,12 +283,10 @@ def write_picture(data: xr.Dataset, out: Path, *, threshold: float | None, store
         _scale_bar(axis, kilometres)
         axis.set(xticks=[], yticks=[])
     period, epsg = _period_of(data), data.rio.crs.to_epsg()
-    title = f"{period.start} to {period.end}   model {about['model']}, threshold {limit:.2f}   EPSG:{epsg}"
+    model = fill(f"model {about['model']}", 80)
+    title = f"{period.start} to {period.end}   threshold {limit:.2f}   EPSG:{epsg}\n{model}"
     figure.suptitle(title, parse_math=False)
-    try:
-        figure.savefig(out, dpi=110)
-    finally:
-        plt.close(figure)
+    return figure
 
 
 def _cropped(data: xr.Dataset) -> xr.Dataset:
@@ -290,31 +301,41 @@ def _cropped(data: xr.Dataset) -> xr.Dataset:
 
 
 def _panels(data: xr.Dataset) -> tuple[np.ndarray, np.ndarray, tuple[float, float]]:
-    """Per cent (y, x) thinned to a picture's size, colours (y, x, 3), and height and width in km."""
+    """Per cent (y, x) and colours (y, x, 3), both thinned to a picture's size, and height and width in km."""
     step = max(1, -(-max(data.sizes["y"], data.sizes["x"]) // PICTURE_SIDE))
     percent = data["probability"].isel(y=slice(None, None, step), x=slice(None, None, step)).values
     resolution = float(data["x"][1] - data["x"][0])
     kilometres = data.sizes["y"] * resolution / 1000, data.sizes["x"] * resolution / 1000
-    return percent, _colours(data, step), kilometres
+    return percent, np.where(np.isnan(percent)[..., None], np.float32(0.8), _colours(data, step)), kilometres
 
 
 def _colours(data: xr.Dataset, step: int) -> np.ndarray:
+    """0-1 (y, x, 3), every `step` pixels: of the composite where it was kept, else of the quicklook's larger ones."""
+    y, x = (np.arange(0, data.sizes[name], step) for name in ("y", "x"))
     if "composite" in data and {"red", "green", "blue"} <= set(data["band"].values.tolist()):
-        thin: dict[str, Any] = {"y": slice(None, None, step), "x": slice(None, None, step)}
-        bright = data["composite"].sel(band=["red", "green", "blue"]).isel(thin).values / 0.3
-        return np.nan_to_num(np.clip(bright, 0, 1) ** 0.7, nan=0.8).transpose(1, 2, 0)
-    look = data["quicklook"].values.transpose(1, 2, 0)
-    return np.where(look.any(axis=2, keepdims=True), look, 204).astype(np.uint8)
+        bright = data["composite"].sel(band=["red", "green", "blue"]).isel(y=y, x=x).values / 0.3
+        return np.nan_to_num(np.clip(bright, 0, 1) ** 0.7).transpose(1, 2, 0)
+    return data["quicklook"].isel(y80=y // QUICKLOOK, x80=x // QUICKLOOK).values.transpose(1, 2, 0) / 255
 
 
 def _scale_bar(axis: Any, kilometres: tuple[float, float]) -> None:
+    """A length of ground and where north is, readable on any ground."""
+    from matplotlib.patheffects import withStroke
+
     target = kilometres[1] / 5
     length = max(n * 10.0**e for e in range(-2, 4) for n in (1, 2, 5) if n * 10.0**e <= target)
     x, y = kilometres[1] * 0.04, kilometres[0] * 0.04
     axis.plot([x, x + length], [y, y], color="white", linewidth=5, solid_capstyle="butt")
     axis.plot([x, x + length], [y, y], color="black", linewidth=2, solid_capstyle="butt")
     label = f"{length:g} km" if length >= 1 else f"{length * 1000:g} m"
-    axis.text(x, y + kilometres[0] * 0.015, label, color="white", fontsize=9, weight="bold")
+    words = {
+        "color": "white",
+        "fontsize": 9,
+        "weight": "bold",
+        "path_effects": [withStroke(linewidth=2, foreground="black")],
+    }
+    axis.annotate(label, (x, y), xytext=(0, 5), textcoords="offset points", **words)
+    axis.annotate("▲\nN", (kilometres[1] * 0.96, y), ha="center", **words)
 
 
 RASTERS: dict[str, Callable[..., None]] = {".tif": write_cog, ".tiff": write_cog, ".png": write_picture}

@@ -28,7 +28,7 @@ from .errors import InputError
 from .export import Shape, period_index
 from .files import check_file, drafted
 from .polygons import polygons
-from .scenes import Period
+from .scenes import Period, parse_period
 from .store import Store, open_map
 from .zones import QUICKLOOK
 
@@ -212,8 +212,9 @@ def _colours(data: xr.Dataset, resolution: float) -> tuple[np.ndarray, Affine]:
         bright = np.clip(thin.sel(band=["red", "green", "blue"]).values / WHITE, 0, 1) ** 0.7 * 255
         seen, rgb = np.all(np.isfinite(bright), axis=0), np.rint(np.nan_to_num(bright)).astype(np.uint8)
     else:
-        rgb = thin.values
-        seen = rgb.max(axis=0) > 0
+        rgb, every = thin.values, slice(None, None, step)
+        observed = data["probability"].notnull().coarsen(y=QUICKLOOK, x=QUICKLOOK).mean()
+        seen = observed.isel(y=every, x=every).values >= 0.5
     pixel = _resolution(data, name) * step
     own = Affine(pixel, 0, float(thin[x][0]) - pixel / 2, 0, -pixel, float(thin[y][0]) + pixel / 2)
     return np.concatenate([rgb, np.where(seen, 255, 0)[None].astype(np.uint8)]), own
@@ -258,8 +259,11 @@ def _drawing(path: str | Path, periods: list[Period], frame: Frame, shape: Shape
 def _in_units(found: geopandas.GeoDataFrame, frame: Frame) -> np.ndarray:
     """Polygons in units of the drawing, x to the right and y down, from its upper left corner."""
     left, _, _, top = frame.bounds
-    metres = found.geometry.to_crs(frame.crs).values
-    return shapely.transform(np.asarray(metres), lambda p: (p - (left, top)) * (1, -1) / frame.unit)
+    metres = np.asarray(found.geometry.to_crs(frame.crs).values)
+    units = shapely.transform(metres, lambda p: (p - (left, top)) * (1, -1) / frame.unit)
+    parted = shapely.get_num_geometries(units) > 1  # at 180 degrees, where this drawing has no cut
+    units[parted] = [shapely.union_all(shapely.get_parts(shape), grid_size=1) for shape in units[parted]]
+    return units
 
 
 def _path(shape: shapely.Geometry, smallest: float) -> str:
@@ -351,8 +355,10 @@ def _origin(store: Store, about: dict[str, Any], periods: list[Period], limit: f
 
 
 def _name(period: Period) -> str:
-    """Whole years as the year or years, anything else as start/end."""
+    """A year, a month or a day as it is given; whole years as the first and the last; anything else as start/end."""
+    for one in ("%Y", "%Y-%m", "%Y-%m-%d"):
+        if parse_period(text := period.start.strftime(one)) == period:
+            return text
     first, last = period.start.year, period.end.year
-    if (str(period.start), str(period.end)) != (f"{first}-01-01", f"{last}-12-31"):
-        return str(period)
-    return str(first) if first == last else f"{first}-{last}"
+    whole = (str(period.start), str(period.end)) == (f"{first}-01-01", f"{last}-12-31")
+    return f"{first}-{last}" if whole else str(period)

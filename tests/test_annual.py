@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import warnings
 
 import geopandas
-import matplotlib.image
 import numpy as np
 import pandas as pd
 import pytest
 import rasterio
+from matplotlib import pyplot as plt
 from shapely.geometry import Point, box
 
 import minemap as package
 from minemap import series
-from minemap.annual import draw_chart, parse_years, plan_years
+from minemap.annual import make_chart, parse_years, plan_years
 from minemap.areas import area_table, computed_tiles, first_year, read_periods, sorted_periods
 from minemap.demo import DemoConfig, make_demo
 from minemap.errors import InputError, NoItemsError, ReadError, StoreError
@@ -131,14 +132,37 @@ def test_table_and_chart(mapped):
     table = pd.read_csv(folder / "areas.csv")
     assert list(table.columns)[:7] == COLUMNS
     pd.testing.assert_frame_equal(table, frame, check_exact=False, atol=1e-6, rtol=0)
-    assert matplotlib.image.imread(folder / "areas.png").std() > 0.05
-    assert not list(folder.glob(".*draft*"))
+    assert plt.imread(folder / "areas.png").shape[2] == 4 and not list(folder.glob(".*draft*"))
+    store = Store(folder / "map.zarr")
+    (panel,) = make_chart(frame, store).axes
+    sure, doubtful = panel.lines
+    np.testing.assert_array_equal(sure.get_xdata(), YEARS)
+    seen = frame["mapped_area_km2"].where(frame["year"] != CLOUDED)
+    np.testing.assert_array_equal(sure.get_ydata(), seen)
+    np.testing.assert_array_equal(doubtful.get_xydata(), frame.loc[seen.isna(), ["year", "mapped_area_km2"]])
+    assert panel.get_xlim() == (YEARS[0] - 0.5, YEARS[-1] + 0.5)
     rich = frame.assign(area_km2=1.0, area_km2_lower=0.5, area_km2_upper=1.5, extrapolated=frame["year"] > 2020)
-    formula = frame.assign(site=r"cost $5 $\q$")  # no formula
-    # bounds; nothing seen at all
-    for some in (rich, formula, frame.assign(mapped_area_km2=np.nan, poorly_observed=True)):
-        draw_chart(some, folder / "other.png", Store(folder / "map.zarr"))
-        assert matplotlib.image.imread(folder / "other.png").std() > 0.05
+    (panel,) = make_chart(rich, store).axes
+    spans = [line[0, 1] < line[1, 1] for bars in panel.collections for line in bars.get_segments()]
+    assert len(spans) == len(YEARS) - 1 and all(spans)  # none of the clouded year
+    plt.close("all")
+
+
+def test_charts_of_odd_tables(mapped):
+    """A year alone, nothing seen at all, names that are long or look like formulas."""
+    folder, frame, _ = mapped
+    store = Store(folder / "map.zarr")
+    unseen = frame.assign(mapped_area_km2=np.nan, poorly_observed=True)
+    for some in (frame[:1], unseen, unseen[:1]):
+        (panel,) = make_chart(some, store).axes
+        assert panel.get_xlim() == (some["year"].min() - 0.5, some["year"].max() + 0.5)
+    names = (r"cost $5 $\q$", "a long name " * 12, "x" * 200)
+    figure = make_chart(pd.concat([frame.assign(site=name) for name in names]), store)
+    figure.canvas.draw()
+    ends = [(panel.title.get_window_extent().x0, panel.title.get_window_extent().x1) for panel in figure.axes]
+    assert all(left >= 0 and right <= figure.bbox.width for left, right in ends)
+    assert all(a[1] < b[0] for a, b in itertools.pairwise(ends))
+    plt.close("all")
 
 
 def test_consistency_is_kept_beside(mapped, land, options):

@@ -17,18 +17,19 @@ import rasterio
 import xarray as xr
 import zarr
 from conftest import item, item_file, painted
+from matplotlib import pyplot as plt
 from PIL import Image
 from pystac.extensions.mlm import MLMExtension, TaskType
 from pystac.extensions.projection import ProjectionExtension
 from pystac.extensions.table import TableExtension
 
 from minemap.errors import InputError
-from minemap.export import export
+from minemap.export import draw_picture, export
 from minemap.grid import grids
 from minemap.page import export_page
 from minemap.polygons import polygons
 from minemap.scenes import parse_period, search
-from minemap.store import Store
+from minemap.store import Store, open_map
 
 BOX = (-66.02, 6.24, -65.98, 6.26)
 
@@ -246,7 +247,35 @@ def test_a_picture_names_the_sensor(tmp_path):
         pictures.append(np.asarray(Image.open(export(path, tmp_path / f"{sensor}.png"))))
     rows, columns = np.nonzero((pictures[0] != pictures[1]).any(axis=2))
     height, width, _ = pictures[0].shape
-    assert rows.size and rows.max() < height / 8 and columns.max() < width / 2
+    assert rows.size and rows.max() < height / 7 and columns.max() < width / 2
+
+
+def test_a_picture_shows_outline_scale_and_what_was_not_seen(tmp_path):
+    (grid,) = grids(HERE, 512)
+    percent = np.full(grid.shape, 4, np.uint8)
+    percent[200:300, 100:250] = 90
+    percent[400:404, 40:48] = 255  # half of an 80-m pixel
+    path = painted(
+        tmp_path / "map.zarr", {grid: {"2023": percent}}, model="m" * 300, parameters=parameters("sentinel-2")
+    )
+    figure = draw_picture(open_map(path).isel(time=0), threshold=None, store=Store(path))
+    left, right = figure.axes[:2]
+    (outline,) = (c for c in left.collections if len(c.get_paths()))
+    corners = np.concatenate([p.vertices for p in outline.get_paths()])  # km, y up
+    height = grid.height * 0.01
+    np.testing.assert_allclose(corners.min(axis=0), (1.0, height - 3.0), atol=0.011)
+    np.testing.assert_allclose(corners.max(axis=0), (2.5, height - 2.0), atol=0.011)
+    assert left.get_xlim() == (0, grid.width * 0.01) == right.get_xlim()
+    for axis in (left, right):
+        bar = axis.lines[0].get_xdata()
+        told = [t.get_text() for t in axis.texts]
+        assert f"{bar[1] - bar[0]:g} km" in told and any("N" in text for text in told)
+    ground = left.images[0].get_array()
+    grey = (ground == np.float32(0.8)).all(axis=2)
+    np.testing.assert_array_equal(grey, percent == 255)
+    title, width = figure._suptitle, figure.bbox.width
+    assert title.get_text().startswith("2023-01-01 to 2023-12-31") and title.get_window_extent().width < width
+    plt.close(figure)
 
 
 def test_nothing_to_export(tmp_path):

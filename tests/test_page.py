@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import json
 import re
 import shutil
@@ -190,7 +191,7 @@ def test_an_estimate_has_whiskers(opened, tmp_path):
     open_page, _, wrong = opened
     tab = open_page(tmp_path / "m.html")
     assert tab.title() == "Mining footprint 2022-2023" and wrong == []
-    assert "Estimated area" in tab.locator("#warn").inner_text()
+    assert "Estimated area" in tab.locator("#estimate").inner_text() and not tab.locator("#warn").is_visible()
     assert "Whiskers" in tab.locator("#chart").inner_text()
 
 
@@ -313,3 +314,107 @@ def test_one_period_has_no_slider(made, opened, tmp_path):
     assert not tab.locator("#slider").is_visible() and tab.locator("#chart .bar").count() == 1
     assert tab.locator("#view .mine").count() == 2 and tab.locator("#bar").bounding_box()["width"] > 20
     assert len(asked) == 1 + sum(url.startswith("data:") for url in asked) and wrong == []
+
+
+def until(tab, holds):
+    """Whether something comes to hold soon; the page's policy keeps playwright's own way of waiting out."""
+    for _ in range(100):
+        if holds():
+            return True
+        tab.wait_for_timeout(30)
+    return False
+
+
+def _scale_is_true(tab):
+    """Whether the scale bar is as long in the drawing as its label says."""
+    label = tab.locator("#metres").text_content()
+    told = float(label.split()[0].replace(",", "")) * (1000 if label.endswith("km") else 1)
+    pixels = tab.locator("#bar").evaluate("bar => bar.getBoundingClientRect().width")
+    unit = tab.locator("#view").evaluate("view => 1 / view.getScreenCTM().a")
+    return pixels * unit * tab.evaluate("D.metres") == pytest.approx(told, rel=0.01)
+
+
+def test_the_scale_is_true_on_screens_and_paper(page, opened):
+    tab = opened[0](page)
+    for width, media in ((1300, "screen"), (700, "screen"), (700, "print"), (1300, "print")):
+        tab.set_viewport_size({"width": width, "height": 900})
+        tab.emulate_media(media=media)
+        assert until(tab, lambda: _scale_is_true(tab))
+
+
+ENDS = """names => [...document.querySelectorAll(names)]
+  .filter(t => getComputedStyle(t).visibility === "visible").map(t => {
+    const words = document.createRange(); words.selectNodeContents(t);
+    const box = words.getBoundingClientRect(); return [box.left, box.right] })"""
+
+
+def test_names_of_periods_stand_where_they_belong(tmp_path, opened):
+    """Months: below the slider's thumb, within the chart, none over another."""
+    (grid,) = grids((-63.02, 6.24, -63.0, 6.26), 512)
+    months = {f"2023-{month:02}": np.full(grid.shape, 90, np.uint8) for month in range(1, 13)}
+    tab = opened[0](export_page(painted(tmp_path / "m.zarr", {grid: months}), tmp_path / "m.html"))
+    for width in (1300, 390):
+        tab.set_viewport_size({"width": width, "height": 900})
+        assert tab.title() == "Mining footprint 2023-01 to 2023-12"
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width
+        track = tab.locator("#slider").bounding_box()
+        for n, tick in enumerate(tab.locator("#ticks span").all()):
+            thumb = track["x"] + 8 + (track["width"] - 16) * n / 11
+            assert tick.bounding_box()["x"] == pytest.approx(thumb, abs=1)
+        for names, within in (("#ticks span", "#map"), ("#chart text[text-anchor=middle]", "#chart svg")):
+            boxes = tab.evaluate(ENDS, names)
+            around = tab.locator(within).bounding_box()
+            assert len(boxes) > 2 and all(a[1] < b[0] for a, b in itertools.pairwise(boxes))
+            assert boxes[0][0] >= around["x"] - 1 and boxes[-1][1] <= around["x"] + around["width"] + 1
+
+
+def test_fingers_move_zoom_and_ask(page, browser):
+    context = browser.new_context(offline=True, viewport={"width": 390, "height": 844}, has_touch=True)
+    tab = context.new_page()
+    tab.goto(page.as_uri())
+    box = tab.locator("#view").bounding_box()
+    middle = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    touch = context.new_cdp_session(tab)
+
+    def fingers(kind, *points):
+        at = [{"x": x, "y": y, "id": n} for n, (x, y) in enumerate(points)]
+        touch.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": at})
+
+    def width():
+        return float(tab.locator("#view").get_attribute("viewBox").split()[2])
+
+    whole = width()
+    mine = tab.locator(".mine").first.bounding_box()
+    tab.touchscreen.tap(mine["x"] + mine["width"] / 2, mine["y"] + mine["height"] / 2)
+    assert "mean probability" in tab.locator("#tip").inner_text() and tab.locator(".mine.picked").count() == 1
+    assert tab.evaluate("scrollY") == 0  # the map stays in view
+    fingers("touchStart", *((middle[0] + d, middle[1]) for d in (-30, 30)))
+    for spread in (40, 60, 90):
+        fingers("touchMove", *((middle[0] + d, middle[1]) for d in (-spread, spread)))
+    fingers("touchEnd")
+    assert width() == pytest.approx(whole / 3, rel=0.02)
+    tab.locator("#whole").click()
+    tab.mouse.move(*middle)
+    tab.mouse.wheel(0, 300)
+    assert until(tab, lambda: tab.evaluate("scrollY") > 0) and width() == whole  # there is no more to see
+    context.close()
+
+
+def test_a_mine_across_180_degrees_has_no_line_in_it(tmp_path):
+    drawn = {}
+    for grid in grids((179.98, -16.52, -179.98, -16.48), 512):
+        lon, lat = grid._degrees(grid.y, grid.x)
+        mine = (np.abs(lon % 360 - 180) < 0.006) & (np.abs(lat + 16.5) < 0.006)
+        drawn[grid] = {"2023": np.where(grid.owned(), np.where(mine, 92, 4), 255).astype(np.uint8)}
+    data = data_of(export_page(painted(tmp_path / "m.zarr", drawn), tmp_path / "m.html"))
+    ((row,),) = data["polygons"]
+    assert row["d"].count("M") == 1
+    assert outline(row["d"]).area * data["metres"] ** 2 / 1e6 == pytest.approx(row["km2"], rel=0.01)
+
+
+def test_what_was_hardly_seen_is_hatched(tmp_path):
+    (grid,) = grids((-63.02, 6.24, -63.0, 6.26), 512)
+    percent = np.full(grid.shape, 4, np.uint8)
+    percent[400:406, 40:48], percent[440:443, 40:48] = 255, 255  # three quarters and three eighths of an 80-m pixel
+    data = data_of(export_page(painted(tmp_path / "m.zarr", {grid: {"2023": percent}}), tmp_path / "m.html"))
+    assert np.argwhere(np.asarray(_image(data["pictures"][0]))[..., 3] == 0).tolist() == [[50, 5]]

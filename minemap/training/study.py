@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from minemap.checkpoint import Checkpoint
 from minemap.errors import InputError, exit_status
 from minemap.inference import native_precision
+from minemap.sentinel2 import BANDS
 from minemap.training import metrics
 from minemap.training.chips import Chips, load_chips
 from minemap.training.coarse import COARSENINGS
@@ -58,6 +59,8 @@ BASE: dict[str, Any] = {
     "holes": 0.0,
     "threads": 1,  # small runs: two side by side beat one on two cores
 }
+# Chips larger than these windows show whole mines: windows of as many pixels a batch are cut from them
+CUT: dict[str, Any] = {"sizes": [128], "batch": 4, "crops": 1.0}
 SCRATCH = {"encoder": "tu-tf_efficientnet_lite0", "imagenet": True, "learning_rate": 1e-3, "epochs": 25}
 STUDENT = {"architecture": "minec2fnet", "selection": "hybrid", "distill": 0.3}
 # Windows of many chips, as those that the shipped network learned from
@@ -166,13 +169,14 @@ def run_one(chips: str, out: Path, *, draw: int, method: str, coarse: str, devic
     """
     from minemap.training.loop import load_sets, train
 
-    values = BASE | METHODS[method] | {"data": [chips], "out": str(out / f"{method}-{draw}"), "device": device}
+    every = load_chips(chips)
+    values = base(every) | METHODS[method] | {"data": [chips], "out": str(out / f"{method}-{draw}"), "device": device}
     values |= {"seed": draw, "fine_seed": draw, "coarse": coarse if method == TEACHER else "none"}
     if has_teacher(method):
         values["teacher"] = str(out / f"{TEACHER}-{draw}" / "model")
     config = make_config(values)
     checkpoint = train(config)
-    val = load_chips(chips).split("val").decided()
+    val = every.split("val").decided()
     counts = _counts(checkpoint, val, device)
     blocks = {b: counts[val.column("block") == b].sum(axis=0).tolist() for b in np.unique(val.column("block"))}
     scores = {"miou": 100 * metrics.scores(counts.sum(axis=0))["miou"], "blocks": blocks}
@@ -180,6 +184,12 @@ def run_one(chips: str, out: Path, *, draw: int, method: str, coarse: str, devic
         apart = load_sets(replace(config, rows="fine", coarse="none"))[1][0]
         scores["held"] = _counts(checkpoint, apart, device).sum(axis=0).tolist()
     return {"draw": draw, "method": method, "coarse": coarse, **scores}
+
+
+def base(chips: Chips) -> dict[str, Any]:
+    """What all methods have in common on these chips: their own bands, and windows for their size."""
+    bands = [band for b, band in enumerate(BANDS) if np.isfinite(chips.image[:, b]).any()]
+    return BASE | {"bands": bands} | (CUT if chips.image.shape[-1] > CUT["sizes"][0] else {})
 
 
 def _counts(checkpoint: Checkpoint, chips: Chips, device: str) -> Counts:
