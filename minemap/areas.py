@@ -228,18 +228,7 @@ def _around(mask: np.ndarray, tile: Grid) -> BBox:
 
 def computed_tiles(store: Store) -> list[Grid]:
     """The super-tiles that are done in any period; without a ledger, all that the arrays cover."""
-    chunk = store.attributes()["parameters"]["chunk"]
-    found: set[Grid] = set()
-    for group in store.groups():
-        grid = store.grid(group)
-        if not store.meta.is_dir():
-            found.update(grid.tiles(chunk))
-            continue
-        side = chunk * grid.resolution
-        for path in (store.meta / "ledger" / group).glob("*/[!.]*.json"):
-            column, row = (int(n) for n in path.stem.split("_"))
-            found.add(Grid(grid.epsg, column * side, row * side, chunk, chunk, grid.resolution))
-    return sorted(found, key=lambda tile: (tile.epsg, -tile.top, tile.left))
+    return [tile for group in store.groups() for tile in store.done(group)]
 
 
 def _mask(store: Store, site: Site, tile: Grid, periods: list[Period]) -> np.ndarray:

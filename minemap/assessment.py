@@ -265,7 +265,7 @@ def told(found: dict[str, Any]) -> str:
 
 def _range(value: dict[str, Any] | None) -> str:
     if value is None:
-        return "not to be told: no such points"
+        return "unknown: there are no such points"
     low, high = value["ci95"]
     return f"{value['estimate']:.4g}  (95 %: {low:.4g} to {high:.4g})"
 

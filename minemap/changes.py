@@ -182,19 +182,19 @@ def detect(before: np.ndarray, after: np.ndarray, signed: np.ndarray, limit: int
     return np.where(unseen, NOT_OBSERVED, classes).astype(np.uint8)
 
 
-def _image(work: Work, halo: int, how: Reading) -> np.ndarray:
-    """The composite of a place, float32 (band, y + 2 halo, x + 2 halo), NaN where it is not observed.
+def _image(work: Work, margin: int, how: Reading) -> np.ndarray:
+    """The composite of a place, float32 (band, y + 2 margin, x + 2 margin), NaN where it is not observed.
 
     Read from the source, or as the map has kept it where that is the same, so that a pixel of change does not depend
     on the box that was mapped: a composite is kept rounded, and so is what is read.
     """
-    seen = work.inner.buffered(halo)
+    seen = work.inner.buffered(margin)
     kept = how.store.kept_bands(seen.group) or []
     if sorted(how.bands) == sorted(kept) and _is_kept(seen, work.tile, how):
         index = how.store.periods(seen.group).index(how.period)
         stored = how.store.read_tile(seen, index, "composite")[[kept.index(band) for band in how.bands]]
     else:
-        image, *_ = read_image(work.inner, halo, how)
+        image, *_ = read_image(work.inner, margin, how)
         stored = np.nan_to_num(np.rint(image * SCALE), nan=NODATA).astype(np.uint16)
     return np.where(stored == NODATA, np.float32(np.nan), stored / np.float32(SCALE))
 
@@ -410,20 +410,13 @@ def _series(source: Store) -> dict[str, list[Period]]:
 
 def _common_work(source: Store, before: Period, after: Period) -> list[Work]:
     """The super-tiles that are mapped at both dates, with the windows that both have."""
-    chunk = source.attributes()["parameters"]["chunk"]
-    found = []
-    for group in source.groups():
-        grid = source.grid(group)
-        side = chunk * grid.resolution
-        names = sorted(p.stem for p in (source.meta / "ledger" / group / before.slug).glob("[!.]*.json"))
-        for column, row in (map(int, name.split("_")) for name in names):
-            tile = Grid(grid.epsg, column * side, row * side, chunk, chunk, grid.resolution)
-            if windows := _common_windows(source, tile, before, after):
-                found.append(Work(tile, windows))
+    tiles = [tile for group in source.groups() for tile in source.done(group, before)]
+    both = ((tile, _common_windows(source, tile, before, after)) for tile in tiles)
+    found = [Work(tile, windows) for tile, windows in both if windows]
     if not found:
         lost = "" if source.meta.is_dir() else f" (the folder {source.meta.name}, which says so, is not beside it)"
         raise StoreError(f"{source.path} has no place mapped at both {before} and {after}{lost}: map one first")
-    return sorted(found, key=lambda w: (w.tile.epsg, -w.tile.top, w.tile.left))
+    return found
 
 
 def _common_windows(source: Store, tile: Grid, *periods: Period) -> tuple[int, int, int, int] | None:

@@ -2,7 +2,7 @@
 
 A checkpoint is a folder of three files, `weights.safetensors`, `recipe.json` and `SHA256SUMS` (readable by
 `sha256sum --check`). Nothing is ever unpickled, and nothing is used before both checksums agree: safetensors
-has no checksum of its own. Every constant that training and mapping share lives in the recipe.
+has no checksum of its own. The constants that training and mapping share live in the recipe.
 
 torch is imported inside functions only, so that `minemap --help` and `--dry-run` stay fast.
 """

@@ -68,10 +68,10 @@ def worker_count(client: Client | None) -> int:
 
 
 def gpu_share(client: Client) -> dict[str, float]:
-    """What of its worker's GPU a task asks for, so that all threads of a worker may hold one: they read side by side.
+    """The share of a worker's GPU resource that each task requests, so that all its threads can run tasks.
 
     Nothing where no worker offers a GPU. Whoever started the workers: `--cluster gpu`, or the user with their own
-    client. The network itself has one thread and a lock in each process, whatever the number of tasks.
+    client. A process runs one image at a time through its network, whatever the number of tasks.
     """
     threads = [w["nthreads"] for w in _workers(client).values() if w.get("resources", {}).get("GPU")]
     # A little less than its part: twelve twelfths add up to more than one
@@ -241,7 +241,7 @@ def _lacking(seen: Path, checkpoint: Checkpoint | None) -> str:
         if checkpoint is not None:
             load_same(checkpoint.path, checkpoint.sha256)
     except MinemapError as error:
-        return f"has not the model: {error}"
+        return f"lacks the model: {error}"
     if not seen.exists():
         return f"does not see {seen.parent}: put the output on a file system that all workers share"
     if not os.access(seen.parent, os.W_OK | os.X_OK):

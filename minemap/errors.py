@@ -40,7 +40,7 @@ class CheckpointError(MinemapError):
 
 
 class StoreError(MinemapError):
-    """An output that is not ours, is not writable, or was made with other parameters."""
+    """A store that is not ours, is not readable or writable, or was made with other parameters."""
 
 
 class DamagedTileError(StoreError):

@@ -56,7 +56,7 @@ def read_json(path: Path) -> Any:
 
 @contextmanager
 def drafted(out: Path) -> Iterator[Path]:
-    """A name to write to beside `out`, which takes its place when all went well and is gone when not."""
+    """A path to write to, beside `out`: it replaces `out` on success and is deleted on an error."""
     draft = out.with_name(f".{out.name}.draft{out.suffix}")
     try:
         yield draft

@@ -19,7 +19,7 @@ from pyproj import CRS, Proj, Transformer
 from .errors import InputError
 from .sentinel2 import RESOLUTION
 
-WINDOW = 256  # px, core of what the network sees at a time, and inner chunk of the store
+WINDOW = 256  # px, side of a square: the spacing of the network's windows, and the inner chunk of the store
 CHUNK = 2048  # px, side of a super-tile and of a shard
 CHUNKS = (512, 1024, 2048)
 CELL = 20_480  # metres, side of the cell for which scenes are chosen, on the lattice of 10 m

@@ -220,7 +220,7 @@ class Runner:
         self.pool = ThreadPoolExecutor(settings.streams, "network", _prepare_thread, (self.device,))
 
     def __call__(self, windows: np.ndarray) -> np.ndarray:
-        """Of one batch; when memory runs out in halves of it, from then on for good."""
+        """Answers for one batch. Where memory runs out the batch is halved, and stays so."""
         size = self.batch
         try:
             parts = [self._answer(windows[i : i + size]) for i in range(0, len(windows), size)]

@@ -17,6 +17,7 @@ from .errors import InputError, NoItemsError
 from .grid import CHUNK, CHUNKS, WINDOW, BBox, Grid, cell_side, check_bbox, grids, wanted_windows
 from .inference import Settings, one_date
 from .scenes import (
+    MARGIN,
     Acquisition,
     Period,
     Scenes,
@@ -32,6 +33,7 @@ from .sensors import Sensor, asset_key
 from .sentinel2 import SCL, SCL_MASKED, Item
 from .store import Store, parameters_hash
 from .supertile import Work, done
+from .tiles import Layout
 from .vectors import in_zone, load_aoi
 from .water import BODY_HA, UNLIKELY
 
@@ -174,10 +176,10 @@ def plan(bbox: BBox, date: str | Period, out: str | Path | None = None, **option
     area = load_aoi(o.aoi) if o.aoi else None
     sensor, checkpoint = sensor_at(where), load_model(o.model)
     one_date(checkpoint)
-    if checkpoint.recipe.window != WINDOW:
-        raise InputError(
-            f"model {checkpoint.recipe.name} has windows of {checkpoint.recipe.window} px, maps have {WINDOW}"
-        )
+    recipe = checkpoint.recipe
+    if recipe.window != WINDOW or Layout(recipe.window, recipe.halo).margin > MARGIN:
+        has = f"windows of {recipe.window} px with a halo of {recipe.halo}"
+        raise InputError(f"model {recipe.name} has {has}: maps take {WINDOW} and at most {MARGIN - WINDOW // 2}")
     store = Store.at(out) if out is not None else None
     settings = Settings.for_machine(o.precision or _stored_precision(store, o))
     limits = [shape for shape in (area, o.near) if shape is not None]

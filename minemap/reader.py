@@ -206,7 +206,8 @@ def signed(href: str, access: Access) -> str:
     parts = urlsplit(href)
     given = parse_qs(parts.query)
     if {"st", "se", "sp"} & set(given):  # signed by whoever made the item
-        if given.get("se", ["9"])[0] > datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"):
+        expires = given.get("se")
+        if not expires or expires[0] > datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"):
             return href
         href = parts._replace(query="").geturl()
     account, container = str(parts.hostname).partition(".")[0], parts.path.strip("/").partition("/")[0]

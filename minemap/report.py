@@ -11,7 +11,7 @@ from .cluster import TASK_THREADS
 from .compositing import STRIP_BYTES
 from .grid import WINDOW
 from .inference import cores
-from .scenes import HALO, Period
+from .scenes import MARGIN, Period
 from .store import Store, open_map
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def estimate(plan: Plan) -> dict[str, Any]:
     looks, layers = sum(map(len, cells)) / len(cells), max(sum(map(len, cell)) for cell in cells)
     left = [w for w in plan.work if w not in plan.finished]
     pixels = sum(w.inner.height * w.inner.width for w in left)
-    largest = max((w.inner.height + 2 * HALO) * (w.inner.width + 2 * HALO) for w in left) if left else 0
+    largest = max((w.inner.height + 2 * MARGIN) * (w.inner.width + 2 * MARGIN) for w in left) if left else 0
     tile_bytes = largest * PIXEL_BYTES + min(largest * layers * LOOK_BYTES, STRIP_BYTES)
     seconds, told = _seconds(plan, pixels, looks)
     return {

@@ -34,7 +34,7 @@ COLLECTION = "sentinel-2-l2a"
 PAGE = 100  # items a page; larger answers exceed what Earth Search sends
 TIMEOUT = (5, 30)  # seconds to connect, to read
 SAME_GROUND = 0.9  # share of an item's ground that a newer one shows, for it to be an older version of that
-HALO = 160  # pixels around a cell that its windows look at (tiles.Layout.margin): items that only meet them count
+MARGIN = 160  # pixels around a cell that its windows look at (tiles.Layout.margin): items that only meet them count
 
 
 @dataclass(frozen=True)
@@ -469,14 +469,14 @@ def _spread(candidates: list[_Candidate]) -> list[_Candidate]:
 
 
 def _cell_polygon(cell: Grid) -> shapely.Polygon:
-    """The cell with its halo in degrees, continuous across the antimeridian."""
+    """The cell with its margin in degrees, continuous across the antimeridian."""
     left, bottom, right, top = cell.bounds
-    halo = HALO * cell.resolution
-    around = box(left - halo, bottom - halo, right + halo, top + halo)
+    margin = MARGIN * cell.resolution
+    around = box(left - margin, bottom - margin, right + margin, top + margin)
     x, y = shapely.get_coordinates(shapely.segmentize(around, (right - left) / 8)).T
     return shapely.Polygon(list(zip(*continuous_lonlat(cell.epsg, x, y), strict=True)))
 
 
 def search_area(grid: Grid) -> BBox:
-    """What to ask a catalogue for so that every cell of `grid` finds its items: bounds with the halo, degrees."""
-    return grid.buffered(HALO).lonlat_bounds
+    """What to ask a catalogue for so that every cell of `grid` finds its items: bounds with the margin, degrees."""
+    return grid.buffered(MARGIN).lonlat_bounds

@@ -66,7 +66,7 @@ def describe(
         "end_datetime": f"{period.end}T23:59:59Z",
         "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "processing:software": {"minemap": __version__},
-        "processing:lineage": "median of clear looks at surface reflectance, semantic segmentation of 256-px windows",
+        "processing:lineage": _lineage(attributes["recipe"]),
         "minemap:model_sha256": attributes["model_sha256"],
         "minemap:parameters_hash": attributes["parameters_hash"],
         "minemap:items": len(used),
@@ -134,6 +134,12 @@ def _footprint(store: Store, periods: list[Period], groups: list[str]) -> tuple[
         bounds = shapely.bounds(shapely.get_parts(outline))
         west, east = float(bounds[bounds[:, 0] > 0, 0].min()), float(bounds[bounds[:, 0] < 0, 2].max())
     return outline, [west, south, east, north]
+
+
+def _lineage(recipe: dict[str, Any]) -> str:
+    side, shared = recipe["window"] + 2 * recipe["halo"], 2 * recipe["halo"]
+    network = f"semantic segmentation of {side}-px windows that overlap by {shared} px"
+    return f"median of clear looks at surface reflectance, {network}"
 
 
 def _model(attributes: dict[str, Any]) -> dict[str, Any]:

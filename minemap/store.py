@@ -231,14 +231,14 @@ class Store:
         """Side of the group's super-tiles in pixels."""
         return (zones.array_of(self._zone(group), "probability").shards or (1, WINDOW, WINDOW))[-1]
 
-    def done(self, group: str, period: Period) -> list[Grid]:
-        """Finished super-tiles of a period, row by row from the north-west; all there are without a ledger."""
+    def done(self, group: str, period: Period | None = None) -> list[Grid]:
+        """Finished super-tiles of a period, or of any, row by row from the north-west; all without a ledger."""
         grid, chunk = self.grid(group), self.chunk(group)
         if not self.meta.is_dir():
             return list(grid.tiles(chunk))
-        names = [p.stem.split("_") for p in (self.meta / "ledger" / group / period.slug).glob("[!.]*.json")]
+        records = (self.meta / "ledger" / group).glob(f"{period.slug if period else '*'}/[!.]*.json")
         side = chunk * grid.resolution
-        found = sorted((-int(row), int(column)) for column, row in names)
+        found = sorted({(-int(row), int(column)) for column, row in (path.stem.split("_") for path in records)})
         return [replace(grid, left=x * side, top=-y * side, height=chunk, width=chunk) for y, x in found]
 
     def consolidate(self) -> None:
@@ -399,26 +399,14 @@ def open_map(path: str | Path, zone: str | None = None) -> xr.Dataset:
 
 
 def _trimmed(data: xr.Dataset, store: Store, group: str, chunk: int) -> xr.Dataset:
+    """The part around the super-tiles that are done."""
     grid = store.grid(group)
-    if not store.meta.is_dir():
-        return data  # a copy without its ledger: nothing says what is done, so nothing is cut
-    done = [p.stem.split("_") for p in (store.meta / "ledger" / group).glob("*/[!.]*.json")]
-    if not done:
-        return data.isel(y=slice(0, 0), x=slice(0, 0), y80=slice(0, 0), x80=slice(0, 0))
-    side = chunk * grid.resolution
-    columns = [int(c) - round(grid.left / side) for c, _ in done]
-    rows = [round(grid.top / side) - int(r) for _, r in done]
-    x, y = slice(min(columns), max(columns) + 1), slice(min(rows), max(rows) + 1)
-    return data.isel(
-        {
-            name: slice(s.start * n, s.stop * n)
-            for (name, s), n in zip(
-                (("x", x), ("y", y), ("x80", x), ("y80", y)),
-                (chunk, chunk, chunk // QUICKLOOK, chunk // QUICKLOOK),
-                strict=True,
-            )
-        }
-    )
+    corners = [tile.offset_in(grid) for tile in store.done(group)]
+    if not corners:
+        return data.isel(y=slice(0), x=slice(0), y80=slice(0), x80=slice(0))
+    y, x = (slice(min(first), max(first) + chunk) for first in zip(*corners, strict=True))
+    y80, x80 = (slice(s.start // QUICKLOOK, s.stop // QUICKLOOK) for s in (y, x))
+    return data.isel(y=y, x=x, y80=y80, x80=x80)
 
 
 def _reason(path: Path) -> str:

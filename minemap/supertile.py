@@ -193,14 +193,14 @@ def _union(one: list[int], other: tuple[int, int, int, int]) -> tuple[int, int, 
     return min(one[0], other[0]), max(one[1], other[1]), min(one[2], other[2]), max(one[3], other[3])
 
 
-def read_image(inner: Grid, halo: int, how: Reading) -> tuple[np.ndarray, np.ndarray, list[str], dict[str, str]]:
+def read_image(inner: Grid, margin: int, how: Reading) -> tuple[np.ndarray, np.ndarray, list[str], dict[str, str]]:
     """The composite of a place within one cell, read from the source: what maps and training chips both see.
 
-    Returns reflectance float32 (band, y + 2 halo, x + 2 halo), NaN where not observed; clear looks uint8 (y, x); the
-    ids of the items that were read; and the offset decided for each, with its reason.
+    Returns reflectance float32 (band, y + 2 margin, x + 2 margin), NaN where not observed; clear looks uint8 (y, x);
+    the ids of the items that were read; and the offset decided for each, with its reason.
     """
     keep_freed_memory()
-    seen = inner.buffered(halo)
+    seen = inner.buffered(margin)
     chosen = how.store.read_cell(inner.group, inner.cell, how.period)
     if chosen is None:
         raise StoreError(f"{how.store.meta} has lost the scenes of cell {inner.cell}: map it again with --refresh")
@@ -220,7 +220,7 @@ def read_image(inner: Grid, halo: int, how: Reading) -> tuple[np.ndarray, np.nda
         image, count = composite_layers(layers, how.rule, lambda lazy: _loaded(lazy, pool))
     return_freed_memory()
     used = [str(name) for name in layers["id"].values]
-    core = slice(halo, -halo or None)
+    core = slice(margin, -margin or None)
     return image, count[core, core], used, layers.attrs["offsets"]
 
 

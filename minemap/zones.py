@@ -44,8 +44,11 @@ CONVENTIONS = [
 
 @dataclass(frozen=True)
 class Layer:
-    """missing: the stored value of a pixel without an answer, None when every value is one. empty: what a pixel
-    that was never written then reads as."""
+    """How one array of a zone is stored.
+
+    missing: the stored value of a pixel without an answer (`_FillValue`), None when every value is an answer.
+    empty: where missing is None, the value of a pixel that was never written.
+    """
 
     dtype: str
     missing: int | None

@@ -12,7 +12,7 @@ from minemap.checkpoint import load_model
 from minemap.errors import InputError
 from minemap.grid import Grid
 from minemap.inference import Settings, percent, probability
-from minemap.scenes import HALO
+from minemap.scenes import MARGIN
 from minemap.sentinel2 import BANDS
 from minemap.tiles import Layout, run_windows
 
@@ -51,7 +51,7 @@ def test_one_window_fades_into_the_next():
 
 
 def test_scenes_are_chosen_for_all_that_windows_see():
-    assert Layout().margin == HALO
+    assert Layout().margin == MARGIN
 
 
 def test_equal_answers_stay_what_they_are():

@@ -80,7 +80,7 @@ def test_answers_are_those_of_networks_that_have_not_seen_the_chip(
 
 
 def test_a_model_that_tells_of_no_training(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="does not tell of a training"):
+    with pytest.raises(InputError, match="does not record its whole training"):
         crossfit.stages({"about": "random weights"})
     (tmp_path / "answers.npz").write_bytes(b"nothing")
     with pytest.raises(InputError, match=r"answers\.npz cannot be read as the answers"):

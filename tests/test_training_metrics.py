@@ -48,7 +48,7 @@ def test_pooled_scores_equal_torchmetrics(case: tuple[np.ndarray, np.ndarray]) -
 
 
 def test_the_papers_matrix() -> None:
-    """The supplement's matrix gives what methods.md says, not what the paper's table prints."""
+    """The matrix in the paper's supplement gives these scores, not those that its table prints."""
     found = metrics.scores(np.array([6810, 352, 415, 2423]))
     assert found["accuracy"] == pytest.approx(0.9233, abs=1e-4)
     assert found["mf1"] == pytest.approx(0.905, abs=5e-4)

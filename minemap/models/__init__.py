@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import torch
 
 # The reference networks of the field and their encoders: DenseNet-121 is the paper's and the best of the
-# multi-modal comparison; it has no dilated form (DeepLabV3+) and SegFormer has its own (methods.md, 1 and 3).
+# multi-modal comparison; it has no dilated form (DeepLabV3+) and SegFormer has its own.
 BASELINES = {
     "fpn": ("FPN", "densenet121"),
     "unet": ("Unet", "densenet121"),

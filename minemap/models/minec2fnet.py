@@ -1,4 +1,7 @@
-"""MineC2FNet: a coarse-to-fine student with a frozen teacher's encoder inside (papers/minec2fnet.txt, 4.3).
+"""MineC2FNet: a coarse-to-fine student with a frozen teacher's encoder inside.
+
+"Coarse-to-Fine Domain Incremental Learning with Attentive Distillation for Mining Footprint Segmentation in
+Multispectral Imagery", section 4.3.
 
 Teacher: FPN with a DenseNet-121 encoder. Student: two encoders of that shape on the same input, its own and
 the teacher's, the latter frozen. On each of the four feature levels that the decoder takes (strides 4, 8, 16,

@@ -1,4 +1,7 @@
-"""MineNetCD: what became mine between two dates (papers/minenetcd.txt, 3; the released code where they differ).
+"""MineNetCD: what became mine between two dates.
+
+Yu, Zhang, Zhu, Gloaguen, Ghamisi, "MineNetCD: A Benchmark for Global Mining Change Detection on Remote Sensing
+Imagery", section 3; the released code where they differ.
 
 One encoder with shared weights sees both dates. On each of its four feature levels (strides 4, 8, 16, 32) the
 signed difference F(before) - F(after) goes through ChangeFFT; the UPerNet decoder takes the four differences.

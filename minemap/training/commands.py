@@ -101,7 +101,7 @@ def _assignment(text: str) -> tuple[str, Any]:
     if not equals:
         raise InputError(f"--set {text!r}: give KEY=VALUE with a training option, as in epochs=20")
     if key in ARGUMENTS:
-        raise InputError(f"--set {text!r}: {ARGUMENTS[key]} says that")
+        raise InputError(f"--set {text!r}: use {ARGUMENTS[key]} instead")
     kind = option_types().get(key)
     if get_origin(kind) is tuple and not value.startswith("["):
         return key, [_parsed(part) for part in value.split(",") if part]

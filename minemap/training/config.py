@@ -72,7 +72,7 @@ class TrainConfig:
     distill: float = 1.0  # lambda; not given in the paper
     temperature: float = 2.0  # tau; not given in the paper
     attention: float = 0.0  # weight of LwM's attention distillation
-    replay: float = 0.0  # share of samples that come from the rest, with coarse labels
+    replay: float = 0.0  # share of the batches that come from the rest, with coarse labels
 
     epochs: int = 100  # at most
     epoch_samples: int = 0  # samples an epoch; 0 is one pass

@@ -59,7 +59,7 @@ class Answers:
 def stages(training: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Name -> options of the trainings behind a recipe, the first one first. Raises InputError."""
     if training.get("start") or "architecture" not in training:
-        raise InputError("this model's recipe does not tell of a training from its first step on: it has no folds")
+        raise InputError("this model's recipe does not record its whole training: it can't be trained on folds")
     before = stages(training["teacher"]) if training.get("teacher") else {}
     own = {k: v for k, v in training.items() if k in option_types() and k not in ("teacher", "start")}
     return before | {STAGES[len(before)]: own}

@@ -77,7 +77,7 @@ def predict_chips(
 def predict_mosaics(
     network: nn.Module, recipe: Recipe, chips: Chips, *, side: int = 5, precision: str = "fp32"
 ) -> NDArray[np.float32]:
-    """The same with side x side chips put together, to measure what foreign neighbours do: never for scores."""
+    """The same with side x side chips put together, to measure what foreign neighbours do. Not a score."""
     n, height, width = chips.mask.shape
     rows = np.arange(-(-n // side**2) * side**2) % n  # the last mosaic is filled up with the first chips
     tiles = chips.image[rows].reshape(-1, side, side, chips.image.shape[1], height, width)

@@ -1,4 +1,4 @@
-"""Losses of MineC2FNet (papers/minec2fnet.txt, 4.2 and 4.4), all blind to pixels of mask value 255.
+"""Losses of MineC2FNet (its paper, sections 4.2 and 4.4), all blind to pixels of mask value 255.
 
 Shapes throughout: `logits` float (N, 1, H, W); `target` uint8 (N, 1, H, W) with 1 mine, 0 not, 255 ignore.
 A convolution window (Sobel, SSIM) that touches an ignored pixel or the border is left out.

@@ -45,7 +45,7 @@ def scores(counts: NDArray[np.int64]) -> dict[str, float]:
 
 
 def mean_scores(counts: NDArray[np.int64]) -> dict[str, float]:
-    """The same scores as means over images (methods.md, 1: the paper's table cannot be pooled)."""
+    """The same scores as means over images; the scores in the table of MineC2FNet's paper can't be pooled ones."""
     rows = [scores(c) for c in counts if c.sum()]
     return {key: _mean([row[key] for row in rows]) for key in (rows[0] if rows else ())}
 
