@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -19,7 +20,7 @@ from .files import check_file, drafted
 from .grid import BBox, check_bbox
 from .mapping import map_area
 from .planning import Plan, plan
-from .scenes import around
+from .scenes import FIRST_YEAR, LAST_YEAR, around
 from .sites import Site, bounds, read_sites
 from .store import Store
 from .uncertainty import AreaModel
@@ -167,12 +168,12 @@ def file_to_write(name: str | Path, endings: tuple[str, ...], role: str) -> Path
 
 def parse_years(years: str | int | Sequence[int]) -> list[int]:
     """ "2018-2024", "2018,2020", "2019", a number or numbers as ascending years. Raises InputError."""
-    parts = years.split(",") if isinstance(years, str) else [years] if isinstance(years, int) else years
+    parts: Iterable[object] = str(years).split(",") if isinstance(years, str | int | Integral) else years
     found: set[int] = set()
     for part in map(str, parts):
         ends = re.fullmatch(r"\s*(\d{4})(?:\s*-\s*(\d{4}))?\s*", part)
         first, last = (int(ends[1]), int(ends[2] or ends[1])) if ends else (1, 0)
-        if not 1 <= first <= last:
+        if not FIRST_YEAR <= first <= last <= LAST_YEAR:
             raise InputError(f"years {years!r}: give a range 2018-2024, a list 2018,2020, or a year 2019")
         found |= set(range(first, last + 1))
     if not found:

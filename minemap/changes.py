@@ -449,7 +449,7 @@ def _row(plan: Plan, zone: str, areas: np.ndarray) -> dict[str, Any]:
         "before": str(plan.job.before),
         "after": str(plan.job.after),
         **named,
-        "common_observed_fraction": 1 - named["not_observed_km2"] / areas.sum(),
+        "common_observed_fraction": 1 - named["not_observed_km2"] / areas.sum() if areas.sum() else 0.0,
     }
 
 

@@ -137,8 +137,12 @@ class Checkpoint:
         return network.eval().requires_grad_(False)
 
 
-def load_model(name_or_path: str | Path | None = None) -> Checkpoint:
+def load_model(name_or_path: str | Path | Checkpoint | None = None) -> Checkpoint:
     """A bundled model by name, or a checkpoint by its folder or by a file inside it; None is the default."""
+    if isinstance(name_or_path, Checkpoint):
+        return name_or_path
+    if not isinstance(name_or_path, str | Path | None):
+        raise InputError(f"model is a {type(name_or_path).__name__}: give a name, a path or a Checkpoint")
     folder = _find(DEFAULT_MODEL if name_or_path is None else name_or_path)
     content = verify(folder)
     return Checkpoint(_recipe(content[RECIPE], folder / RECIPE), folder, _identity(content))

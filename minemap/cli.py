@@ -214,7 +214,7 @@ def _options(a: argparse.Namespace) -> dict[str, Any]:
 
     options = {f.name: getattr(a, f.name) for f in fields(Options) if hasattr(a, f.name)}
     if a.mask_scl is not None:
-        options["masked"] = _numbers(a.mask_scl.split(","), int, "--mask-scl")
+        options["masked"] = _numbers(a.mask_scl.split(",") if a.mask_scl else [], int, "--mask-scl")
     return {**options, "rescue": not a.no_rescue, "exclude": tuple(a.exclude)}
 
 
@@ -252,7 +252,7 @@ def _told(s: dict[str, Any]) -> str:
 
 def _say(a: argparse.Namespace, values: dict[str, Any], text: str | None = None) -> None:
     if a.json:
-        print(json.dumps(values))
+        print(json.dumps({k: None if v != v else v for k, v in values.items()}))  # JSON has no NaN
     elif not a.quiet:
         print(text or "\n".join(f"{name:>18}  {value}" for name, value in values.items()))
 

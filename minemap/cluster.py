@@ -6,13 +6,18 @@ worker that lacks one would otherwise fail in the middle of a run, or make other
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
+import platform
 import signal
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +36,7 @@ GPU = {"GPU": 1}
 EXACT = ("python", "minemap", "torch", "dask", "distributed")
 # ... and what only has to be there, with a warning when it is another version
 PRESENT = ("numpy", "zarr", "xarray", "rasterio", "stackstac", "segmentation-models-pytorch")
+GREETING = 10  # seconds
 FAILURES = 3  # workers that may die under a task before it counts as the task's fault
 log = logging.getLogger("minemap")
 
@@ -53,12 +59,24 @@ def connect(cluster: str | None, workers: int | None = None) -> Iterator[Client 
     if "://" not in cluster:
         raise InputError(f"unknown cluster {cluster!r}: give local, gpu, or a scheduler's address (tcp://HOST:PORT)")
     try:
+        with ThreadPoolExecutor(1) as pool:  # a notebook's own thread runs an event loop already
+            pool.submit(asyncio.run, _greet(cluster)).result()
         client = Client(cluster, timeout="10s")
-    except (OSError, ValueError) as error:
-        raise ClusterError(f"no Dask scheduler answers at {cluster}: start one, or check the address") from error
+    except (OSError, ValueError, TypeError, TimeoutError) as error:
+        told = "start one, or check the address (not its dashboard's)"
+        raise ClusterError(f"no Dask scheduler answers at {cluster}: {told}") from error
     with client, _quiet_end():
-        log.info("dashboard %s", client.dashboard_link)
+        if client.scheduler_info()["services"].get("dashboard"):
+            log.info("dashboard %s", client.dashboard_link)
         yield client
+
+
+async def _greet(address: str) -> None:
+    """Raises OSError or TimeoutError unless Dask answers there; a Client waits for ever for what isn't Dask."""
+    from distributed.comm import connect
+
+    comm = await asyncio.wait_for(connect(address, timeout=GREETING), GREETING + 1)
+    await comm.close()
 
 
 def worker_count(client: Client | None) -> int:
@@ -97,14 +115,34 @@ def _started(kind: str, workers: int | None) -> Iterator[Any]:
 
 @contextmanager
 def _quiet_end() -> Iterator[None]:
-    """What Dask's parts say of each other's end, when a run is interrupted, is no news."""
+    """What Dask's parts say of each other's end is no news: an interrupt is ours, and a lost scheduler we tell."""
     logging.getLogger("asyncio").addFilter(_is_news)  # said before an interrupt comes to us
+    client = logging.getLogger("distributed.client")
+    before = client.level
+    client.setLevel(logging.CRITICAL)
     try:
         yield
     except KeyboardInterrupt:
         for name in ("distributed", "asyncio"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
         raise
+    finally:
+        client.setLevel(before)
+
+
+@contextmanager
+def lost_scheduler(client: Client) -> Iterator[None]:
+    """What Dask raises when the scheduler is gone, as a ClusterError."""
+    from distributed import CancelledError
+    from distributed.comm import CommClosedError
+
+    try:
+        yield
+    except (CancelledError, CommClosedError) as error:
+        address = client.scheduler.address if client.scheduler else "the address given"
+        raise ClusterError(
+            f"the Dask scheduler at {address} went away; what is finished stays, the same command goes on"
+        ) from error
 
 
 def _is_news(record: logging.LogRecord) -> bool:
@@ -180,13 +218,14 @@ def check_workers(client: Client, folder: Path, checkpoint: Checkpoint | None = 
     folder: where the output's records will lie; it exists. checkpoint: the model, where one is used. How long to wait
     for a first worker is dask's setting `minemap.worker-timeout` (seconds, 60).
     """
-    _wait_for_one(client)
-    found: Any = client.get_versions(packages=[*EXACT[1:], *PRESENT])
-    _compare_versions(found)
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=".seen-by-workers-") as seen:
-        answers = client.run(_lacking, Path(seen.name), checkpoint, on_error="return")
-    _refuse({worker: str(answer) for worker, answer in answers.items() if answer})
-    _check_failures(client)
+    with lost_scheduler(client):
+        _wait_for_one(client)
+        found: Any = client.get_versions(packages=[*EXACT[1:], *PRESENT])
+        _compare_versions(found)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".seen-by-workers-") as seen:
+            answers = client.run(_lacking, Path(seen.name), checkpoint, on_error="return")
+        _refuse({worker: str(answer) for worker, answer in answers.items() if answer})
+        _check_failures(client)
 
 
 def _wait_for_one(client: Client) -> None:
@@ -209,12 +248,24 @@ def _compare_versions(found: Mapping[str, Any]) -> None:
     here = found["client"]["packages"]
     others = {worker: answer["packages"] for worker, answer in found["workers"].items()}
     trouble = {worker: differences(here, there, EXACT, PRESENT) for worker, there in others.items()}
-    scheduler = found["scheduler"]["packages"]
-    trouble["the scheduler"] = differences(here, scheduler, ("python", "dask", "distributed"), ())
+    scheduler = found["scheduler"]["packages"]  # it unpickles the graph
+    trouble["the scheduler"] = differences(here, scheduler, ("python", "minemap", "dask", "distributed"), ("xarray",))
     _refuse({name: f"has {text}; install the same there as here" for name, text in trouble.items() if text})
     other = {w: text for w, there in others.items() if (text := differences(here, there, PRESENT, ()))}
     if other:
         warnings.warn(f"{_first(other)} has {next(iter(other.values()))}: pixels may differ", stacklevel=4)
+
+
+def versions() -> tuple[tuple[str, str], ...]:
+    """What must be the same on all workers, here."""
+    return (("python", platform.python_version()), *((name, version(name)) for name in EXACT[1:]))
+
+
+@lru_cache
+def check_versions(wanted: tuple[tuple[str, str], ...]) -> None:
+    """Once in each process that works: workers may join a run that has begun. Raises ClusterError."""
+    if text := differences(dict(wanted), dict(versions()), EXACT, ()):
+        raise ClusterError(f"a worker on {platform.node()} has {text}; install the same there as where you started")
 
 
 def differences(

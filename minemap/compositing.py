@@ -65,6 +65,10 @@ def composite(cube: xr.DataArray, rule: Rule | None = None) -> xr.DataArray:
     found to contradict their offset: see `load_cube`).
     """
     rule = rule or Rule()
+    if not isinstance(rule, Rule):
+        raise InputError(f"rule is a {type(rule).__name__}: give a minemap.compositing.Rule")
+    if sorted(map(str, cube.dims)) != ["band", "time", "x", "y"]:
+        raise InputError(f"cube has dimensions {', '.join(map(str, cube.dims))}: it needs time, band, y and x")
     if not cube.sizes["time"]:
         return _unseen(cube)
     looks = _looks(cube["acquisition"].values if "acquisition" in cube.coords else np.arange(cube.sizes["time"]))
@@ -89,7 +93,7 @@ def composite(cube: xr.DataArray, rule: Rule | None = None) -> xr.DataArray:
 def _unseen(cube: xr.DataArray) -> xr.DataArray:
     """The image of a cube without any layer."""
     chunks = cube.chunks[1:] if cube.chunks else cube.shape[1:]
-    image = xr.DataArray(da.full(cube.shape[1:], np.nan, np.float32, chunks=chunks), dims=cube.dims[1:])
+    image = xr.DataArray(da.full(cube.shape[1:], np.nan, dtype=np.float32, chunks=chunks), dims=cube.dims[1:])
     count = xr.zeros_like(image.isel(band=0), dtype=np.uint8)
     kept = {name: cube.coords[name] for name in ("band", "y", "x", "spatial_ref") if name in cube.coords}
     return image.assign_coords(kept).assign_coords(observations=count).rename("composite")

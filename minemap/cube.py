@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import threading
 import warnings
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dask.array as da
 import numpy as np
@@ -30,6 +31,9 @@ from .scenes import acquisition_id, area_of, moment
 from .sensors import asset_key, one_sensor, scaling
 from .sentinel2 import BANDS, NODATA, SCALE, SCL, Item, Scaling
 
+if TYPE_CHECKING:
+    import pystac
+
 READERS = ("stackstac", "odc")
 OPENED_AT_ONCE = 8
 _PYSTAC = threading.Lock()  # HACK: pystac 1.15 registers its extensions on first use, and not thread-safely
@@ -38,10 +42,10 @@ UNCLASSIFIED = 7  # the SCL class of items that have no SCL: seen, and not known
 
 
 def load_cube(
-    items: list[Item],
+    items: Iterable[Item | pystac.Item],
     grid: Grid,
     *,
-    bands: tuple[str, ...] = BANDS,
+    bands: Sequence[str] = BANDS,
     reader: str = "stackstac",
     chunk: int = CHUNK,
     access: Access | None = None,
@@ -49,17 +53,19 @@ def load_cube(
 ) -> xr.DataArray:
     """Lazy surface reflectance of `items` on `grid`, float32 (time, band, y, x), NaN where nothing was seen.
 
-    One layer an item that meets the grid, in order of acquisition and id; coordinates: `time` (UTC), `id`,
-    `acquisition`, `scl` (time, y, x; lazy, uint8 classes, 0 = no data), x and y pixel centres in metres (y
-    descending), `spatial_ref`. What lies on another lattice is resampled bilinearly, SCL
-    (or Landsat's QA_PIXEL as SCL classes) by nearest neighbour. Reflectance is
+    items: as `search` returns them, or pystac's. One layer an item that meets the grid, in order of acquisition and
+    id. Coordinates: `time` (UTC), `id`, `acquisition`, `offset` (with its reason), `scl` (time, y, x; lazy, uint8
+    classes, 0 = no data), x and y pixel centres in metres (y descending), `spatial_ref`. What lies on another lattice
+    is resampled bilinearly, SCL (or Landsat's QA_PIXEL as SCL classes) by nearest neighbour. Reflectance is
     (DN + offset) x scale per item, at least 0.0001, as `sensors.scaling` decides from what the item says (a map looks
     at the pixels too: where they contradict it, give `scalings`, by id).
-    reader: "stackstac" or "odc". chunk: dask chunk side in pixels.
+    reader: "stackstac" or "odc". chunk: dask chunk side in pixels. Raises InputError.
     """
-    layers = load_layers(
-        items, grid, bands=bands, reader=reader, chunks=(chunk, chunk), access=access, scalings=scalings
-    )
+    if isinstance(bands, str) or (unknown := sorted(set(bands) - set(BANDS))):
+        given = bands if isinstance(bands, str) else unknown[0]
+        raise InputError(f"bands: {given!r} is not a list of {', '.join(BANDS)}")
+    how: dict[str, Any] = {"reader": reader, "chunks": (chunk, chunk), "access": access, "scalings": scalings}
+    layers = load_layers(_as_json(items), grid, bands=tuple(bands), **how)
     dn = layers["dn"]
     cube = xr.where(dn == NODATA, np.float32(np.nan), dn.astype(np.float32) * np.float32(SCALE))
     cube = cube.transpose("time", "band", "y", "x").assign_coords(scl=layers["scl"])
@@ -108,8 +114,14 @@ def load_layers(
     layers = xr.Dataset({"dn": dn, "scl": classes.drop_vars("band", errors="ignore")})
     layers = layers.assign_coords(acquisition=("time", np.array([acquisition_id(i) for i in chosen], dtype=str)))
     layers.attrs["bands_present"] = present
-    layers.attrs["offsets"] = {i["id"]: f"{d.offset} ({d.reason})" for i, d in zip(chosen, decided, strict=True)}
+    layers = layers.assign_coords(offset=("time", np.array([f"{d.offset} ({d.reason})" for d in decided], dtype=str)))
     return layers.rio.write_crs(crs_wkt(grid.epsg))
+
+
+def _as_json(items: Iterable[Item | pystac.Item]) -> list[Item]:
+    if isinstance(items, str | dict):
+        raise InputError(f"items is a {type(items).__name__}: give a list of STAC items, as search returns")
+    return [item if isinstance(item, dict) else item.to_dict(transform_hrefs=False) for item in items]
 
 
 def _in_order(items: list[Item]) -> list[Item]:

@@ -31,6 +31,15 @@ PICTURE_SIDE = 1600  # pixels of the longer side of a panel
 BLOCK = 2048  # rows and columns copied at a time
 MAX_ZOOM = 13  # of vector tiles: their steps are then 1 m
 MINE_COLOUR = (227, 26, 28)
+CLEAR = {NOT_OBSERVED: (0, 0, 0, 0)}
+# Never mine, mine at both dates, gain, loss
+CHANGE_COLOURS = {
+    0: (235, 235, 225, 255),
+    1: (130, 120, 110, 255),
+    2: (*MINE_COLOUR, 255),
+    3: (69, 117, 180, 255),
+    **CLEAR,
+}
 
 
 @dataclass(frozen=True)
@@ -58,6 +67,8 @@ def export(
     .tif (COG) and .png show one zone; .parquet (GeoParquet), .geojson (RFC 7946), .gpkg and .pmtiles hold the
     footprint's polygons of all zones.
 
+    A map of change goes to .tif alone: its classes with a colour table, without an item.
+
     date: one of the map's periods, the last one when None. threshold: 0-1; a COG then holds 1 = mine, 0 = not, 255 =
     not observed instead of per cent; outlines use it, the model's own when None. zone: the group, needed for .tif
     and .png where there are several. min_area (hectares), smooth: see `polygons`. Raises InputError, StoreError.
@@ -72,6 +83,10 @@ def export(
     if threshold is not None:
         check_threshold(threshold)
     shape = Shape(threshold, min_area, smooth)
+    if ending in COGS and Store.opened(path).kind == "change":
+        if date is not None or shape != Shape():
+            raise InputError(f"{path} is a map of change: it holds classes of two dates, leave the options out")
+        return _export_change(path, out, zone)
     if ending in RASTERS:
         if shape != Shape(threshold):
             raise InputError(f"min_area and smooth shape polygons: {ending} has none")
@@ -87,6 +102,7 @@ def export(
 
 def _export_raster(path: str | Path, out: Path, date: str | None, threshold: float | None, zone: str | None) -> Path:
     store = Store.at(path)
+    store.attributes()  # of a map
     data = open_map(store.path, zone)
     epsg = data.rio.crs.to_epsg()
     group = f"utm{epsg}"
@@ -99,6 +115,16 @@ def _export_raster(path: str | Path, out: Path, date: str | None, threshold: flo
             transform = data.rio.transform(recalc=True)
             about = of_raster(epsg, transform, (data.sizes["y"], data.sizes["x"]), threshold)
             _write_item(store, out, [period], [group], about, threshold)
+    return out
+
+
+def _export_change(path: str | Path, out: Path, zone: str | None) -> Path:
+    data, about = open_map(path, zone), Store.opened(path).attributes()
+    if not data.sizes["y"]:
+        raise InputError(f"{path} has nothing compared yet")
+    told = {name: str(about["parameters"][name]) for name in ("before", "after", "method", "threshold")}
+    with drafted(out) as draft:
+        _write_tif(data["change"], draft, lambda part: part.values, CHANGE_COLOURS, {**_software(about), **told})
     return out
 
 
@@ -187,18 +213,31 @@ def _stored(layer: xr.DataArray) -> np.ndarray:
 
 def write_cog(data: xr.Dataset, out: Path, *, threshold: float | None, store: Store) -> None:
     """A cloud-optimised GeoTIFF, uint8, nodata 255: per cent, or classes with a colour table."""
+    colours = None if threshold is None else {0: (235, 235, 225, 255), 1: (*MINE_COLOUR, 255), **CLEAR}
+    encode = lambda part: classes(_stored(part), threshold)  # noqa: E731
+    _write_tif(data["probability"], out, encode, colours, _tags(store, data))
+
+
+def _write_tif(
+    layer: xr.DataArray,
+    out: Path,
+    encode: Callable[[xr.DataArray], np.ndarray],
+    colours: dict[int, tuple[int, int, int, int]] | None,
+    tags: dict[str, str],
+) -> None:
+    """`layer` block by block as `encode` (to uint8, 255 = nodata) has it. colours: of classes, None for numbers."""
     import rasterio
     from rasterio.shutil import copy
 
-    height, width = data.sizes["y"], data.sizes["x"]
+    height, width = layer.sizes["y"], layer.sizes["x"]
     profile = {
         "driver": "GTiff",
         "dtype": "uint8",
         "count": 1,
         "height": height,
         "width": width,
-        "crs": data.rio.crs,
-        "transform": data.rio.transform(recalc=True),
+        "crs": layer.rio.crs,
+        "transform": layer.rio.transform(recalc=True),
         "nodata": NOT_OBSERVED,
         "tiled": True,
         "compress": "deflate",
@@ -209,14 +248,12 @@ def write_cog(data: xr.Dataset, out: Path, *, threshold: float | None, store: St
         with rasterio.open(plain, "w", **profile) as target:
             for window in _blocks(height, width):
                 rows, columns = window
-                values = _stored(data["probability"].isel(y=slice(*rows), x=slice(*columns)))
-                target.write(classes(values, threshold), 1, window=rasterio.windows.Window.from_slices(rows, columns))
-            if threshold is not None:
-                target.write_colormap(
-                    1, {0: (235, 235, 225, 255), 1: (*MINE_COLOUR, 255), NOT_OBSERVED: (0, 0, 0, 0)}
-                )
-            target.update_tags(**_tags(store, data))
-        overviews = "AVERAGE" if threshold is None else "MODE"
+                values = encode(layer.isel(y=slice(*rows), x=slice(*columns)))
+                target.write(values, 1, window=rasterio.windows.Window.from_slices(rows, columns))
+            if colours is not None:
+                target.write_colormap(1, colours)
+            target.update_tags(**tags)
+        overviews = "AVERAGE" if colours is None else "MODE"
         copy(plain, out, driver="COG", compress="deflate", overview_resampling=overviews, BIGTIFF="IF_SAFER")
     finally:
         plain.unlink(missing_ok=True)
@@ -236,13 +273,12 @@ def _blocks(height: int, width: int) -> list[tuple[tuple[int, int], tuple[int, i
 
 
 def _tags(store: Store, data: xr.Dataset) -> dict[str, str]:
-    about = store.attributes()
-    return {
-        "TIFFTAG_SOFTWARE": f"minemap {about['minemap']}",
-        "period": str(_period_of(data)),
-        "model": about["model"],
-        "model_sha256": about["model_sha256"],
-    }
+    return {**_software(store.attributes()), "period": str(_period_of(data))}
+
+
+def _software(about: dict[str, Any]) -> dict[str, str]:
+    made = {name: about[name] for name in ("model", "model_sha256")}
+    return {"TIFFTAG_SOFTWARE": f"minemap {about['minemap']}", **made}
 
 
 def write_picture(data: xr.Dataset, out: Path, *, threshold: float | None, store: Store) -> None:
@@ -338,7 +374,8 @@ def _scale_bar(axis: Any, kilometres: tuple[float, float]) -> None:
     axis.annotate("▲\nN", (kilometres[1] * 0.96, y), ha="center", **words)
 
 
-RASTERS: dict[str, Callable[..., None]] = {".tif": write_cog, ".tiff": write_cog, ".png": write_picture}
+COGS = (".tif", ".tiff")
+RASTERS: dict[str, Callable[..., None]] = {**dict.fromkeys(COGS, write_cog), ".png": write_picture}
 VECTORS: dict[str, Callable[..., None]] = {
     ".parquet": write_geoparquet,
     ".geojson": write_geojson,

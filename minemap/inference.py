@@ -91,9 +91,7 @@ def predict(image: xr.DataArray, checkpoint: Checkpoint, *, precision: str | Non
     counts as not observed, so a pixel is the map's where all windows that show it lie inside: from 320 px off the
     image's edge on for certain, from 160 px off an edge that lies on a multiple of 256 px.
     """
-    one_date(checkpoint)
-    if "band" not in image.coords:
-        raise InputError(f"image has no names of its bands: give it a coordinate band, of {', '.join(BANDS)}")
+    _check_image(image, checkpoint)
     settings = Settings.for_machine(precision, resolution=_step(image))
     size, margin = checkpoint.recipe.window, layout(checkpoint).margin
     wanted = image.reindex(band=list(checkpoint.recipe.bands)).transpose("band", "y", "x")
@@ -110,6 +108,24 @@ def predict(image: xr.DataArray, checkpoint: Checkpoint, *, precision: str | Non
     return trimmed.assign_coords(kept).assign_attrs(attrs).rename("probability")
 
 
+def _check_image(image: xr.DataArray, checkpoint: Checkpoint) -> None:
+    """Raises InputError for what `predict` can't answer."""
+    if not isinstance(checkpoint, Checkpoint):
+        raise InputError(f"checkpoint is a {type(checkpoint).__name__}: give what load_model returns")
+    one_date(checkpoint)
+    if sorted(map(str, image.dims)) != ["band", "x", "y"]:
+        raise InputError(f"image has dimensions {', '.join(map(str, image.dims))}: it needs band, y and x")
+    if "band" not in image.coords:
+        raise InputError(f"image has no names of its bands: give it a coordinate band, of {', '.join(BANDS)}")
+    names, wanted = image["band"].values.tolist(), checkpoint.recipe.bands
+    if len(set(names)) < len(names) or not set(names) & set(wanted):
+        raise InputError(f"image has bands {', '.join(map(str, names))}: name them once each, of {', '.join(wanted)}")
+    if not np.issubdtype(image.dtype, np.floating):
+        raise InputError(f"image is {image.dtype}: give reflectance as floats, 0 to 1, NaN where not observed")
+    if min(image.sizes["y"], image.sizes["x"]) < 2:
+        raise InputError(f"image is {image.sizes['y']} x {image.sizes['x']} px: it needs two rows and columns")
+
+
 def one_date(checkpoint: Checkpoint) -> None:
     """Raises InputError for a network that compares two dates."""
     if checkpoint.recipe.dates != 1:
@@ -119,10 +135,10 @@ def one_date(checkpoint: Checkpoint) -> None:
 def _margins(image: xr.DataArray, size: int) -> tuple[tuple[int, int], tuple[int, int]]:
     """Pixels to add (top, left), (bottom, right) so that the image starts and ends on the lattice of windows."""
     y, x, step = image["y"].values, image["x"].values, _step(image)
-    place = -(y[0] / step + 0.5), x[0] / step - 0.5
-    first = round(place[0]), round(place[1])  # row and column of the zone's lattice
-    ascends = len(y) > 1 and y[1] > y[0]
-    if step < 1 or ascends or max(abs(place[0] - first[0]), abs(place[1] - first[1])) > ON_LATTICE:
+    rows, columns = -(y / step + 0.5), x / step - 0.5  # of the zone's lattice
+    first = round(rows[0]), round(columns[0])
+    off = max(np.abs(n - (start + np.arange(len(n)))).max() for n, start in zip((rows, columns), first, strict=True))
+    if step < 1 or off > ON_LATTICE:
         raise InputError(
             f"image from x {x[0]:.10g}, y {y[0]:.10g} in steps of {step:g} is off the zone's lattice: coordinates "
             f"are centres of pixels in the metres of a UTM zone, half a pixel off multiples of {step:g}, y descending"
@@ -133,8 +149,7 @@ def _margins(image: xr.DataArray, size: int) -> tuple[tuple[int, int], tuple[int
 
 def _step(image: xr.DataArray) -> float:
     """Metres between pixels."""
-    along = image["x"] if image.sizes["x"] > 1 else image["y"]
-    return abs(float(along[1] - along[0]))
+    return abs(float(image["x"][1] - image["x"][0]))
 
 
 def _whole_windows(image: xr.DataArray, dim: str, size: int) -> int:

@@ -16,7 +16,7 @@ from . import __version__
 from .cluster import check_workers, connect, worker_count
 from .files import write_atomically
 from .grid import BBox
-from .planning import Plan, plan
+from .planning import Plan, holds_choice, plan
 from .reader import Access
 from .running import run_tiles
 from .scenes import Period
@@ -70,7 +70,10 @@ def _prepare(made: Plan, store: Store) -> dict[str, int]:
     store.consolidate()
     if made.items or not (store.meta / "items.json").exists():
         store.write_items([with_decision(item) for item in made.items])
+    anew = o.refresh or o.overwrite
     for (group, cell), acquisitions in made.cells.items():
+        if not anew and holds_choice(store, (int(group[3:]), cell), made):
+            continue  # another run has chosen since we planned
         ids = [[item["id"] for item in a.items] for a in acquisitions]
         store.write_cell(group, cell, made.period, ids)
     if o.aoi:

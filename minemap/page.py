@@ -314,7 +314,7 @@ def _areas(path: str | Path, periods: list[Period], frame: Frame, limit: float) 
     out = []
     for row in (rows[str(period)] for period in periods):
         whole = row["site_area_km2"]
-        seen = min(1.0, row["observed_fraction"] * whole / min(whole, framed))
+        seen = min(1.0, row["observed_fraction"] * whole / min(whole, framed)) if whole else 0.0
         numbers = {name: _number(row[name]) for name in names}
         told = {"observed_fraction": round(seen, 4), "poor": seen < POOR, "extrapolated": row["extrapolated"]}
         out.append({**numbers, **told})

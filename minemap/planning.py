@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +58,7 @@ class Options:
     max_cloud: float = 60.0
     max_scenes: int = 24
     min_clear: int = 3
-    months: str | None = None
+    months: str | int | Sequence[int] | None = None
     exclude: tuple[str, ...] = ()
     masked: tuple[int, ...] = SCL_MASKED
     rescue: bool = True
@@ -78,11 +78,19 @@ class Options:
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name} is {getattr(self, name)!r}: give one of {', '.join(map(str, allowed))}")
         for name in ("exclude", "masked"):
-            if isinstance(getattr(self, name), str):
-                raise InputError(f"{name} is {getattr(self, name)!r}: give a tuple, of ids or of SCL classes")
-        for name in ("chunk", "max_scenes", "min_clear"):
-            if not isinstance(getattr(self, name), Integral):
-                raise InputError(f"{name} is {getattr(self, name)!r}: give a whole number")
+            if isinstance(values := getattr(self, name), str):
+                raise InputError(f"{name} is {values!r}: give a tuple, of ids or of SCL classes")
+            plain = tuple(int(value) if isinstance(value, Integral) else value for value in values)
+            object.__setattr__(self, name, plain)
+        for name, of, kind, what in (
+            ("chunk", Integral, int, "a whole number"),
+            ("max_scenes", Integral, int, "a whole number"),
+            ("min_clear", Integral, int, "a whole number"),
+            ("max_cloud", Real, float, "a percentage, 0 to 100"),
+        ):
+            if not isinstance(getattr(self, name), of):
+                raise InputError(f"{name} is {getattr(self, name)!r}: give {what}")
+            object.__setattr__(self, name, kind(getattr(self, name)))  # numpy's have no JSON
         _ = self.rule  # says what its classes and looks may be
         if not 0 <= self.max_cloud <= 100:
             raise InputError(f"max_cloud is {self.max_cloud:g}: it is a percentage, 0 to 100")
@@ -230,7 +238,7 @@ def _with_scenes(made: Plan) -> Plan:
     o, store = made.options, made.store
     use_frozen = store is not None and store.exists() and not o.refresh and not o.overwrite
     cells = {(w.tile.epsg, w.tile.cell) for w in made.work}
-    frozen = {c for c in cells if use_frozen and store and _holds_choice(store, c, made)}
+    frozen = {c for c in cells if use_frozen and store and holds_choice(store, c, made)}
     chosen: dict[tuple[str, tuple[int, int]], list[Acquisition]] = {}
     empty: list[NoItemsError] = []
     for epsg in sorted({epsg for epsg, _ in cells - frozen}):
@@ -285,7 +293,7 @@ def _doubts(planned: Plan, empty: list[NoItemsError]) -> Iterator[str]:
         yield f"{blind} of {len(items)} items have no {planned.sensor.quality}: their clouds are not masked"
 
 
-def _holds_choice(store: Store, cell: tuple[int, tuple[int, int]], made: Plan) -> bool:
+def holds_choice(store: Store, cell: tuple[int, tuple[int, int]], made: Plan) -> bool:
     """Whether an earlier run has chosen a cell's scenes, none of which is to be left out now."""
     chosen = store.read_cell(f"utm{cell[0]}", cell[1], made.period)
     return chosen is not None and not {name for acquisition in chosen for name in acquisition} & set(

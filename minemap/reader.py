@@ -183,17 +183,21 @@ def _followed(href: str, access: Access) -> str:
     import requests
 
     one_byte = {"Range": "bytes=0-0"}  # as GDAL asks: a host may redirect GET and not HEAD
+    address = href
     for _ in range(REDIRECTS):
-        asked = requests.get(href, headers=one_byte, stream=True, allow_redirects=False, timeout=REDIRECT_SECONDS)
+        asked = requests.get(address, headers=one_byte, stream=True, allow_redirects=False, timeout=REDIRECT_SECONDS)
         with asked as answer:
             if not answer.is_redirect:
-                return href
+                return address
             led = answer.headers["Location"]
         try:
-            href = urljoin(href, led)
+            address = urljoin(address, led)
         except ValueError as error:
             raise ReadError(f"asset {href!r} redirects to {led!r}, which is no address: {error}") from error
-        access.check(href)
+        try:
+            access.check(address)
+        except ReadError as error:
+            raise ReadError(f"asset {href!r} redirects: {error}") from error
     raise ReadError(f"asset {href!r}: more than {REDIRECTS} redirects")
 
 

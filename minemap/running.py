@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ import numpy as np
 import xarray as xr
 from dask.highlevelgraph import HighLevelGraph
 
-from .cluster import TASK_THREADS, gpu_share
+from .cluster import TASK_THREADS, check_versions, gpu_share, lost_scheduler, versions
 from .errors import ClusterError, ReadError
 from .grid import Grid
 from .scenes import Period
@@ -24,10 +25,12 @@ from .supertile import Work
 if TYPE_CHECKING:
     from distributed import Client
 
+log = logging.getLogger("minemap")
 RETRIES = 3  # times that a task which failed starts again, where there are workers
 FAILURES = 8  # items that may be unreadable before a run is given up; one covers 30 super-tiles
 UNREADABLE = "the same command tries again, a map or a series with --exclude ID leaves an item out"
 STAGE = "supertile"  # what dashboards call the tasks
+ALONE = 60  # seconds without a worker until we say so
 AT_ONCE = 10_000  # super-tiles a graph; as many more follow when these are done
 
 
@@ -58,7 +61,7 @@ def run_tiles(
     Those whose assets can't be read don't keep the others from being made: the ReadError comes at the end.
     """
     job.store.forget_failures()
-    with _watched(work, job, progress):
+    with _watched(work, job, client, progress):
         slices = [work[i : i + AT_ONCE] for i in range(0, len(work), AT_ONCE)]
         counts = np.concatenate([_compute(part, job, client) for part in slices])
     if failures := job.store.failures():
@@ -76,15 +79,14 @@ def _compute(work: list[Work], job: Task, client: Client | None) -> np.ndarray:
             return graph(work, job).compute(scheduler="threads", num_workers=TASK_THREADS).values
         with dask.annotate(retries=RETRIES, resources=gpu_share(client)):
             counts = graph(work, job)
-        with client.as_current(), _clear_losses(client, _places(work, job)):
+        with client.as_current(), lost_scheduler(client), _clear_losses(_places(work, job)):
             return counts.compute().values
 
 
 @contextmanager
-def _clear_losses(client: Client, places: list[str]) -> Iterator[None]:
-    """What Dask raises when workers or the scheduler are gone, in one line."""
-    from distributed import CancelledError, KilledWorker
-    from distributed.comm import CommClosedError
+def _clear_losses(places: list[str]) -> Iterator[None]:
+    """What Dask raises when workers die under a task, in one line."""
+    from distributed import KilledWorker
 
     try:
         yield
@@ -94,11 +96,6 @@ def _clear_losses(client: Client, places: list[str]) -> Iterator[None]:
             f"at {error.last_worker.address}; usually their memory is too small (minemap map --dry-run tells more). "
             "What is finished stays, the same command goes on"
         ) from error
-    except (CancelledError, CommClosedError) as error:
-        address = client.scheduler.address if client.scheduler else "the address given"
-        raise ClusterError(
-            f"the Dask scheduler at {address} went away; what is finished stays, the same command goes on"
-        ) from error
 
 
 def graph(work: list[Work], job: Task) -> xr.DataArray:
@@ -106,7 +103,7 @@ def graph(work: list[Work], job: Task) -> xr.DataArray:
     rows = np.array([(w.tile.epsg, w.tile.left, w.tile.top, w.tile.height, *w.windows) for w in work])
     table = xr.DataArray(da.from_array(rows, chunks=(1, -1)), dims=("tile", "field"))
     template = xr.DataArray(da.zeros((len(work), len(job.counted)), chunks=(1, -1)), dims=("tile", "count"))
-    counts = xr.map_blocks(_block, table, [job, work[0].tile.resolution], template=template)
+    counts = xr.map_blocks(_block, table, [job, work[0].tile.resolution, versions()], template=template)
     return counts.copy(data=_named(counts.data, _places(work, job)))
 
 
@@ -135,13 +132,15 @@ def _named(counts: da.Array, places: list[str]) -> da.Array:
     return da.Array(layers, counts.name, counts.chunks, counts.dtype)
 
 
-def _block(row: xr.DataArray, job: Task, resolution: float) -> xr.DataArray:
+def _block(row: xr.DataArray, job: Task, resolution: float, wanted: tuple[tuple[str, str], ...]) -> xr.DataArray:
     if not row.size:  # xarray tries a function on nothing
         return xr.DataArray(np.zeros((0, len(job.counted))), dims=("tile", "count"))
+    check_versions(wanted)
     epsg, left, top, side, *windows = row.values[0]
     tile = Grid(int(epsg), float(left), float(top), int(side), int(side), resolution)
     try:
         counts = job.make(Work(tile, tuple(int(n) for n in windows)))  # type: ignore[arg-type]
+        job.store.forget_failure(tile, job.period)  # of a worker that has died since
     except ReadError as error:
         job.store.keep_failure(tile, job.period, str(error))
         items = {text.partition(", asset ")[0] for text in job.store.failures()}
@@ -152,8 +151,11 @@ def _block(row: xr.DataArray, job: Task, resolution: float) -> xr.DataArray:
 
 
 @contextmanager
-def _watched(work: list[Work], job: Task, progress: Callable[[int, int], None] | None) -> Iterator[None]:
-    """Calls `progress` as records appear in the ledger, which is the same for any kind of cluster."""
+def _watched(
+    work: list[Work], job: Task, client: Client | None, progress: Callable[[int, int], None] | None
+) -> Iterator[None]:
+    """Calls `progress` as records appear in the ledger, which is the same for any kind of cluster; says so when all
+    workers have been away for a while."""
     if progress is None:
         yield
         return
@@ -166,10 +168,14 @@ def _watched(work: list[Work], job: Task, progress: Callable[[int, int], None] |
         progress(len(wanted & done), len(wanted))
 
     def watch() -> None:
-        start = time.monotonic()
+        start = since = time.monotonic()
         while not over.wait(max(0.5, 20 * (time.monotonic() - start))):  # listing takes a twentieth of our time
             start = time.monotonic()
             look()
+            since = start if client is None or client.scheduler_info(n_workers=-1)["workers"] else since
+            if start - since > ALONE:
+                log.warning("no worker is left: start some, or stop this run; what is finished stays")
+                since = start
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()

@@ -9,9 +9,10 @@ import calendar
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
+from numbers import Real
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urljoin, urlsplit
@@ -34,6 +35,7 @@ COLLECTION = "sentinel-2-l2a"
 PAGE = 100  # items a page; larger answers exceed what Earth Search sends
 TIMEOUT = (5, 30)  # seconds to connect, to read
 SAME_GROUND = 0.9  # share of an item's ground that a newer one shows, for it to be an older version of that
+FIRST_YEAR, LAST_YEAR = 1900, 2261  # pandas counts nanoseconds from 1970, until 2262
 MARGIN = 160  # pixels around a cell that its windows look at (tiles.Layout.margin): items that only meet them count
 
 
@@ -83,12 +85,15 @@ def _span(part: str, whole: str) -> tuple[date, date]:
         first = date(year or 0, month or 1, day or 1)
     except ValueError as error:
         raise InputError(f"date {whole!r}: {error}") from None
+    if not FIRST_YEAR <= first.year <= LAST_YEAR:
+        raise InputError(f"date {whole!r}: years run from {FIRST_YEAR} to {LAST_YEAR}")
     last_month = month or 12
     return first, date(first.year, last_month, day or calendar.monthrange(first.year, last_month)[1])
 
 
-def parse_months(text: str | None) -> tuple[int, ...]:
-    """ "6-9", "11-2" (over the new year) or "1,6,7" as month numbers; () for all."""
+def parse_months(given: str | int | Sequence[int] | None) -> tuple[int, ...]:
+    """ "6-9", "11-2" (over the new year), "1,6,7", a number or numbers, as month numbers; () for all."""
+    text = given if isinstance(given, str) else ",".join(map(str, given)) if isinstance(given, Sequence) else given
     if text in (None, ""):
         return ()
     months: list[int] = []
@@ -118,6 +123,8 @@ class Source:
 
 def source(name: str | Path = "earth-search", collection: str | None = None) -> Source:
     """A known source's name, the URL of a STAC API, or the path of an item file."""
+    if not isinstance(name, str | Path):
+        raise InputError(f"stac is a {type(name).__name__}: give a source's name, an address, or an item file's path")
     name = str(name)
     if name in SOURCES:
         other = os.environ.get(PLANETARY_COMPUTER) if name == "planetary-computer" else None
@@ -161,7 +168,7 @@ def search(
     stac: str | Source = "earth-search",
     collection: str | None = None,
     max_cloud: float = 60.0,
-    months: str | tuple[int, ...] = (),
+    months: str | int | Sequence[int] = (),
     exclude: tuple[str, ...] = (),
     versions: bool = False,
 ) -> list[Item]:
@@ -174,13 +181,16 @@ def search(
     """
     if isinstance(exclude, str):
         raise InputError(f"exclude is {exclude!r}: give a tuple of ids")
+    if len(bbox) != 4 or not all(isinstance(n, Real) for n in bbox) or bbox[1] > bbox[3]:
+        raise InputError(f"bbox {bbox} is not four degrees: west south east north")
+    if not isinstance(max_cloud, Real):
+        raise InputError(f"max_cloud is {max_cloud!r}: it is a percentage, 0 to 100")
     where = stac if isinstance(stac, Source) else source(stac, collection)
-    when = parse_period(period)
+    when, of_year = parse_period(period), parse_months(months)
     tally = Tally()
     items = list({item["id"]: item for item in _fetch(where, bbox, when)}.values())
     tally.found = len(items)
     items = tally.keep(items, (item["id"] not in exclude for item in items), "--exclude")
-    of_year = parse_months(months) if isinstance(months, str) else months
     items = _filter(items, tally, when=when, max_cloud=max_cloud, months=of_year, versions=versions)
     if not items:
         box_text = " ".join(f"{n:g}" for n in bbox)
@@ -239,7 +249,7 @@ def _from_api(where: Source, bbox: BBox, period: Period) -> Iterator[Item]:
     try:
         client = Client.open(where.url, stac_io=StacApiIO(timeout=TIMEOUT, max_retries=retry))
         found = client.search(collections=[where.collection], bbox=bbox, datetime=period.interval, limit=PAGE)
-        for item in found.items_as_dicts():
+        for item in _without_end(found.items_as_dicts(), where.url):
             yield _clean(item, base=_self_link(item))
     except (APIError, RequestException, OSError) as error:
         raise CatalogueError(
@@ -249,6 +259,16 @@ def _from_api(where: Source, bbox: BBox, period: Period) -> Iterator[Item]:
         KeyError, TypeError, ValueError, NotImplementedError, AttributeError, STACTypeError, ClientTypeError
     ) as error:  # fmt: skip
         raise CatalogueError(f"{where.url} does not answer as a STAC API: {first_line(error)}") from error
+
+
+def _without_end(items: Iterable[Item], url: str) -> Iterator[Item]:
+    """The items; CatalogueError where a catalogue's pages lead to each other for ever."""
+    seen: set[str] = set()
+    for n, item in enumerate(items):
+        seen.add(item["id"])
+        if n > 2 * (len(seen) + PAGE):
+            raise CatalogueError(f"STAC source {url}: its pages repeat themselves without an end")
+        yield item
 
 
 def sensor_at(where: Source) -> Sensor:
@@ -268,7 +288,7 @@ def _read_file(where: Source) -> list[tuple[Item, shapely.Geometry]]:
     try:
         content = json.loads(Path(where.url).read_text(encoding="utf-8-sig"))  # with or without a mark of the order
         raw = content if isinstance(content, list) else content.get("features", [content])
-        items = [_clean(i, base=Path(where.url)) for i in raw]
+        items = [_named(i, base=Path(where.url)) for i in raw]
         wanted = [i for i in items if not where.collection or i.get("collection") == where.collection]
         return [(item, area_of(item)) for item in wanted]
     except (ValueError, KeyError, TypeError, AttributeError, shapely.errors.ShapelyError) as error:
@@ -277,8 +297,19 @@ def _read_file(where: Source) -> list[tuple[Item, shapely.Geometry]]:
         raise CatalogueError(f"item file {where.name} can't be read: {error.strerror}") from error
 
 
+def _named(item: Item, *, base: Path) -> Item:
+    """The item cleaned; what is wrong with it is told with its id, or as "item ?" where it has none."""
+    try:
+        return _clean(item, base=base)
+    except KeyError as error:
+        raise ValueError(f"item {item.get('id', '?')} has no {first_line(error)}") from error
+    except (TypeError, AttributeError) as error:
+        name = item.get("id", "?") if isinstance(item, dict) else "?"
+        raise ValueError(f"item {name}: {first_line(error)}") from error
+
+
 def _self_link(item: Item) -> str:
-    return next((link["href"] for link in item.get("links", []) if link.get("rel") == "self"), "")
+    return next((link["href"] for link in item.get("links") or () if link.get("rel") == "self"), "")
 
 
 def _clean(item: Item, *, base: str | Path) -> Item:
@@ -289,6 +320,8 @@ def _clean(item: Item, *, base: str | Path) -> Item:
     properties["datetime"] = moment({"properties": properties, "id": item["id"]}).isoformat()
     names = ("type", "stac_version", "collection", "bbox", "geometry")
     kept: Item = {name: item[name] for name in names if name in item}
+    if len(kept.get("bbox") or ()) == 6:  # with heights
+        kept["bbox"] = [kept["bbox"][n] for n in (0, 1, 3, 4)]
     if not kept.get("bbox"):
         kept["bbox"] = list(shape(item["geometry"]).bounds)
     own = _self_link(item)

@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 import tempfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -35,10 +36,11 @@ from .files import UMASK, file_name, read_json, write_atomically
 from .grid import WINDOW, Grid
 from .scenes import Period
 from .sentinel2 import Item
-from .zones import CONSISTENT, QUICKLOOK
+from .zones import CHANGE_LAYERS, CONSISTENT, QUICKLOOK
 
 VERSION = 1  # of the layout
 MAKING = "making"  # file in the meta folder: a name that no other making of a store has
+RUN = "run"  # the same for the run that wrote last
 LAYERS = ("probability", CONSISTENT, "observations", "quicklook", "composite")
 
 
@@ -50,13 +52,14 @@ def parameters_hash(parameters: dict[str, Any]) -> str:
 class Store:
     """A map on disk, or a map of change. Cheap to make and to send to workers: it holds paths only.
 
-    making: the making of the store (see `create`) that a run belongs to. A task of an earlier run that nobody could
-    stop can then neither write into the store that has taken its place, nor leave a record that counts there.
+    making, run: the making of the store (see `create`) and the run (see `locked`) that a task belongs to. A task of
+    an earlier run that nobody could stop can then no longer write, and its records count in no store but its own.
     """
 
     path: Path
     kind: str = "map"  # or "change"
     making: str | None = None
+    run: str | None = None
 
     @staticmethod
     def at(out: str | Path, kind: str = "map") -> Store:
@@ -68,7 +71,16 @@ class Store:
             path.exists()
         except OSError as error:
             raise InputError(f"output {str(out)[:80]!r}: {error.strerror}, choose another name") from error
+        if not path.name:
+            raise InputError(f"output {out} has no name: give the name of a store")
         return Store(path, kind)
+
+    @staticmethod
+    def opened(path: str | Path) -> Store:
+        """A store that is there, of whichever kind. Raises StoreError."""
+        store = Store.at(path)
+        kind = "change" if store._attributes().get("minemap:kind") == "change" else "map"
+        return replace(store, kind=kind)
 
     @property
     def meta(self) -> Path:
@@ -81,6 +93,13 @@ class Store:
 
     def attributes(self) -> dict[str, Any]:
         """The root's attributes; StoreError when what is there is not a store of ours and of our kind."""
+        attributes = self._attributes()
+        kind = attributes.get("minemap:kind", "map")
+        if kind != self.kind:
+            raise StoreError(f"{self.path} is a store of kind {kind!r}, not {self.kind!r}: give another")
+        return attributes
+
+    def _attributes(self) -> dict[str, Any]:
         try:
             attributes = dict(zarr.open_group(self.path, mode="r").attrs)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -89,9 +108,6 @@ class Store:
             raise StoreError(f"{self.path} is a Zarr store, but not one of minemap; choose another output")
         if (layout := attributes["minemap:layout"]) != VERSION:
             raise StoreError(f"{self.path} has layout {layout}, this minemap knows {VERSION}: use that which made it")
-        kind = attributes.get("minemap:kind", "map")
-        if kind != self.kind:
-            raise StoreError(f"{self.path} is a store of kind {kind!r}, not {self.kind!r}: give another")
         return attributes
 
     def check(self, parameters: dict[str, Any], grids: list[Grid], *, overwrite: bool = False) -> None:
@@ -147,20 +163,24 @@ class Store:
             shutil.rmtree(draft, ignore_errors=True)
 
     def bound(self) -> Store:
-        """This store as it was made last, for the tasks of a run."""
-        return replace(self, making=self._making())
+        """This store as it was made last and by the run that began last, for the tasks of that run."""
+        return replace(self, making=self._name(MAKING), run=self._name(RUN))
 
-    def _making(self) -> str | None:
-        file = self.meta / MAKING
-        return file.read_text() if file.exists() else None
+    def _name(self, file: str) -> str | None:
+        path = self.meta / file
+        return path.read_text() if path.exists() else None
 
-    def _check_making(self) -> None:
-        if self.making is not None and self._making() != self.making:
+    def _check_run(self) -> None:
+        """Raises StoreError in a task of a run that another one has followed."""
+        if self.making is not None and self._name(MAKING) != self.making:
             raise StoreError(f"{self.path} was made anew while this run was writing to it: start it again")
+        if self.run is not None and self._name(RUN) != self.run:
+            raise StoreError(f"{self.path} is being written by a run that began after this one: start it again")
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Only one run at a time writes to a store. The lock goes with the process that holds it."""
+        """Only one run at a time writes to a store. The lock goes with the process that holds it; tasks on a cluster
+        may live on, so each run has a name of its own."""
         self.meta.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.meta / "lock")
         try:
@@ -170,6 +190,7 @@ class Store:
                 f"{self.path} is being written by another run: wait for it, or choose another output"
             ) from None
         try:
+            write_atomically(self.meta / RUN, uuid4().hex)
             yield
         finally:
             lock.release()
@@ -229,7 +250,8 @@ class Store:
 
     def chunk(self, group: str) -> int:
         """Side of the group's super-tiles in pixels."""
-        return (zones.array_of(self._zone(group), "probability").shards or (1, WINDOW, WINDOW))[-1]
+        first = "probability" if self.kind == "map" else "change"
+        return (zones.array_of(self._zone(group), first).shards or (WINDOW,))[-1]
 
     def done(self, group: str, period: Period | None = None) -> list[Grid]:
         """Finished super-tiles of a period, or of any, row by row from the north-west; all without a ledger."""
@@ -261,7 +283,7 @@ class Store:
 
     def write_tile(self, tile: Grid, index: int | None, layers: dict[str, np.ndarray]) -> None:
         """One super-tile of one period (None: of arrays without time): each of `layers` (…, y, x) into its shard."""
-        self._check_making()
+        self._check_run()
         zone = self._zone(tile.group, "r+")
         row, column = tile.offset_in(self.grid(tile.group))
         for name, data in layers.items():
@@ -304,26 +326,31 @@ class Store:
 
     def record(self, tile: Grid, period: Period) -> dict[str, Any] | None:
         """What the ledger says of a finished super-tile, None when it is not finished."""
-        found = read_json(self.record_path(tile, period))
+        found = _record(self.record_path(tile, period))
         return found if found and self.making in (None, found.get("making")) else None
 
     def records(self, group: str, period: Period) -> list[dict[str, Any]]:
         """All that the ledger says of a period."""
-        found = map(read_json, sorted((self.meta / "ledger" / group / period.slug).glob("[!.]*.json")))
+        found = map(_record, sorted((self.meta / "ledger" / group / period.slug).glob("[!.]*.json")))
         return [record for record in found if record]
 
     def write_record(self, tile: Grid, period: Period, record: dict[str, Any]) -> None:
-        self._check_making()
+        self._check_run()
         own = {} if self.making is None else {"making": self.making}
         write_atomically(self.record_path(tile, period), json.dumps({**record, **own}))
 
     def keep_failure(self, tile: Grid, period: Period, text: str) -> None:
         """Why a super-tile could not be made, until the next run over the store begins."""
-        name = f"{tile.group}_{period.slug}_{self.record_path(tile, period).stem}"
-        write_atomically(self.meta / "failed" / name, text)
+        write_atomically(self._failure_path(tile, period), text)
+
+    def _failure_path(self, tile: Grid, period: Period) -> Path:
+        return self.meta / "failed" / f"{tile.group}_{period.slug}_{self.record_path(tile, period).stem}"
 
     def failures(self) -> list[str]:
         return [path.read_text() for path in sorted((self.meta / "failed").glob("[!.]*"))]
+
+    def forget_failure(self, tile: Grid, period: Period) -> None:
+        self._failure_path(tile, period).unlink(missing_ok=True)
 
     def forget_failures(self) -> None:
         shutil.rmtree(self.meta / "failed", ignore_errors=True)
@@ -338,10 +365,8 @@ class Store:
         write_atomically(self.cell_path(group, cell, period), json.dumps(ids))
 
     def read_cell(self, group: str, cell: tuple[int, int], period: Period) -> list[list[str]] | None:
-        try:
-            return json.loads(self.cell_path(group, cell, period).read_text())
-        except FileNotFoundError:
-            return None
+        """The choice for a cell; None where there is none, or it is damaged and must be made again."""
+        return read_json(self.cell_path(group, cell, period))
 
     def scenes_of(self, group: str, cell: tuple[int, int], period: Period) -> str:
         """What tells the frozen choice of a cell from any other; "" where there is none."""
@@ -351,7 +376,7 @@ class Store:
     def write_items(self, items: list[Item]) -> None:
         """Adds items to those that were used, one file each and all in `items.json`, an ItemCollection."""
         self.keep_items(items)
-        every = list(self.items())
+        every = [item for path in self._item_paths() if (item := _item(path))]
         write_atomically(self.meta / "items.json", json.dumps({"type": "FeatureCollection", "features": every}))
 
     def keep_items(self, items: list[Item]) -> None:
@@ -361,41 +386,60 @@ class Store:
 
     def items(self) -> Iterator[Item]:
         """The items that were used, by id; none where the meta folder is lost."""
-        for path in sorted((self.meta / "items").glob("*.json.gz")):
-            yield _item(path)
+        for path in self._item_paths():
+            yield _sound(path)
 
     def read_item(self, name: str) -> Item:
-        return _item(self.meta / "items" / f"{file_name(name)}.json.gz")
+        """An item that a cell's choice names. Raises StoreError."""
+        return _sound(self.meta / "items" / f"{file_name(name)}.json.gz")
+
+    def _item_paths(self) -> list[Path]:
+        return sorted((self.meta / "items").glob("*.json.gz"))
 
 
-def _item(path: Path) -> Item:
-    return json.loads(gzip.decompress(path.read_bytes()))
+def _record(path: Path) -> dict[str, Any] | None:
+    found = read_json(path)
+    return found if isinstance(found, dict) else None
+
+
+def _item(path: Path) -> Item | None:
+    """The item in a file, None where it is gone or damaged."""
+    try:
+        return json.loads(gzip.decompress(path.read_bytes()))
+    except (FileNotFoundError, EOFError, ValueError, gzip.BadGzipFile, zlib.error):
+        return None
+
+
+def _sound(path: Path) -> Item:
+    if (item := _item(path)) is None:
+        raise StoreError(f"{path} is gone or damaged: map that date with --refresh, which chooses its scenes again")
+    return item
 
 
 def open_map(path: str | Path, zone: str | None = None) -> xr.Dataset:
     """A map as xarray sees it: `probability` and `observations` (time, y, x), lazy, one dask chunk a shard.
 
     Trimmed to the super-tiles that are done and sorted by time. probability: float32 per cent, NaN not observed.
-    zone: the group, needed where there are several. Raises StoreError, InputError.
+    A map of change has `change` (y, x), uint8, and perhaps `first_year`. zone: the group, needed where there are
+    several. Raises StoreError, InputError.
     """
-    store = Store.at(path)
-    store.attributes()
+    store = Store.opened(path)
     names = store.groups()
     if zone is None and len(names) != 1:
         raise InputError(f"{path} has {len(names)} zones: name one (--zone) of {', '.join(names) or '(none yet)'}")
     group = zone or names[0]
     if group not in names:
         raise InputError(f"{path} has no zone {group}: its zones are {', '.join(names)}")
-    shards = zarr.open_array(store.path / group / "probability", mode="r").shards or (1, WINDOW, WINDOW)
-    step = QUICKLOOK
-    chunks = {"time": 1, "y": shards[-2], "x": shards[-1], "y80": shards[-2] // step, "x80": shards[-1] // step}
+    side = store.chunk(group)
+    chunks = {"time": 1, "y": side, "x": side, "y80": side // QUICKLOOK, "x80": side // QUICKLOOK}
     data = xr.open_zarr(store.path, group=group, chunks=None)
-    present = [name for name in LAYERS if name in data]
+    present = [name for name in (*LAYERS, *CHANGE_LAYERS) if name in data]
     data = data.assign({n: data[n].chunk({d: chunks[d] for d in data[n].dims if d in chunks}) for n in present})
     if "composite" in data:
         data = data.assign_coords(band=data["composite"].attrs["bands"])
-    in_time = np.lexsort(data["time_bounds"].values.T[::-1])  # by first day, then by last
-    return _trimmed(data, store, group, shards[-1]).isel(time=in_time)
+    if "time" in data.dims:
+        data = data.isel(time=np.lexsort(data["time_bounds"].values.T[::-1]))  # by first day, then by last
+    return _trimmed(data, store, group, side)
 
 
 def _trimmed(data: xr.Dataset, store: Store, group: str, chunk: int) -> xr.Dataset:
@@ -403,10 +447,10 @@ def _trimmed(data: xr.Dataset, store: Store, group: str, chunk: int) -> xr.Datas
     grid = store.grid(group)
     corners = [tile.offset_in(grid) for tile in store.done(group)]
     if not corners:
-        return data.isel(y=slice(0), x=slice(0), y80=slice(0), x80=slice(0))
+        return data.isel({name: slice(0) for name in ("y", "x", "y80", "x80") if name in data.dims})
     y, x = (slice(min(first), max(first) + chunk) for first in zip(*corners, strict=True))
     y80, x80 = (slice(s.start // QUICKLOOK, s.stop // QUICKLOOK) for s in (y, x))
-    return data.isel(y=y, x=x, y80=y80, x80=x80)
+    return data.isel({"y": y, "x": x, "y80": y80, "x80": x80}, missing_dims="ignore")
 
 
 def _reason(path: Path) -> str:

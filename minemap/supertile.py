@@ -19,7 +19,7 @@ from .cluster import TASK_THREADS
 from .compositing import Rule, composite_layers, strip_rows
 from .cube import load_layers
 from .errors import DamagedTileError, ReadError, StoreError, first_line
-from .files import file_name, write_atomically
+from .files import file_name, read_json, write_atomically
 from .grid import WINDOW, BBox, Grid, pixel_area_km2
 from .inference import (
     NOT_OBSERVED,
@@ -221,7 +221,8 @@ def read_image(inner: Grid, margin: int, how: Reading) -> tuple[np.ndarray, np.n
     return_freed_memory()
     used = [str(name) for name in layers["id"].values]
     core = slice(margin, -margin or None)
-    return image, count[core, core], used, layers.attrs["offsets"]
+    asked = dict(zip(used, layers["offset"].values.tolist(), strict=True))
+    return image, count[core, core], used, asked
 
 
 @contextmanager
@@ -250,8 +251,8 @@ def decide(item: Item, how: Reading) -> Scaling:
     if said.offset != OFFSET:
         return said
     path = how.store.meta / "offsets" / f"{file_name(item['id'])}.json"
-    if path.exists():
-        return Scaling(**json.loads(path.read_text()))
+    if kept := read_json(path):
+        return Scaling(**kept)
     key = asset_key(item, "blue")
     blue = read_overview(item["assets"][key]["href"], how.access) if key else np.zeros(0, np.uint16)
     if contradicts(said, blue):

@@ -284,7 +284,8 @@ def test_bad_input_writes_nothing(words, match, land, options, tmp_path, monkeyp
 def test_years():
     assert parse_years("2018-2020") == parse_years([2020, 2018, 2019]) == [2018, 2019, 2020]
     assert parse_years("2018, 2020") == [2018, 2020] and parse_years(2019) == parse_years("2019") == [2019]
-    for wrong in ("2020-2018", "20", "", [], "2018-2019-2020"):
+    assert parse_years(np.int64(2019)) == [2019]
+    for wrong in ("2020-2018", "20", "", [], "2018-2019-2020", "2018-9999"):
         with pytest.raises(InputError, match="years"):
             parse_years(wrong)
     assert package.series is series

@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+import rasterio
 import rioxarray
 import torch
 import xarray as xr
@@ -26,6 +27,7 @@ from minemap.changes import CLASSES, Comparison, _reading, compare, told
 from minemap.checkpoint import DEFAULT_CHANGE_MODEL, Recipe, save
 from minemap.demo import DemoConfig, make_demo
 from minemap.errors import InputError, StoreError
+from minemap.export import export
 from minemap.grid import grids, pixel_area_km2
 from minemap.models import build
 from minemap.reader import Access
@@ -236,7 +238,22 @@ def test_stores_are_not_mixed_up(made, tmp_path):
     with pytest.raises(StoreError, match="is a store of kind 'map', not 'change'"):
         minemap.change(made, before="2019", after="2023", out=made, overwrite=True)
     with pytest.raises(StoreError, match="is a store of kind 'change', not 'map'"):
-        minemap.open_map(out)
+        minemap.change(out, before="2019", after="2023", out=tmp_path / "other.zarr")
+
+
+def test_a_map_of_change_is_opened_trimmed_and_goes_to_a_cog(made, tmp_path):
+    out = tmp_path / "change.zarr"
+    minemap.change(made, before="2019", after="2023", out=out)
+    data, source = minemap.open_map(out), minemap.open_map(made)
+    assert data.change.dtype == np.uint8 and data.change.dims == ("y", "x") and data.change.chunks
+    np.testing.assert_array_equal(data["x"], source["x"])
+    np.testing.assert_array_equal(data["y"], source["y"])
+    with rasterio.open(export(out, tmp_path / "change.tif")) as file:
+        np.testing.assert_array_equal(file.read(1), data.change.values)
+        assert file.nodata == 255 and file.crs == data.rio.crs and file.tags()["before"] == "2019-01-01/2019-12-31"
+        assert file.transform == data.rio.transform() and file.colormap(1)[2] != file.colormap(1)[3]
+    with pytest.raises(InputError, match="is a map of change: it holds classes of two dates"):
+        export(out, tmp_path / "change.tif", threshold=0.5)
 
 
 def test_command_line(made, tmp_path, minemap):

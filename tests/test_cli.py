@@ -14,8 +14,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-CONTRACT = ["km2_total", "km2_observed", "km2_mine", "super_tiles", "super_tiles_done", "items", "seconds", "out"]
-CONTRACT += ["model", "model_sha256"]
 BOX = ("-63.36", "6.24", "-63.34", "6.26")
 
 
@@ -186,16 +184,27 @@ def test_dry_run_writes_nothing_and_loads_no_torch(scene, model, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_readme_names_every_command_and_option():
+def sections():
+    """Command -> its section of the README, with that of `map`, whose options many share."""
+    parts = re.split(r"^### ", (ROOT / "README.md").read_text(), flags=re.MULTILINE)[1:]
+    found = {name: part for part in parts for name in re.findall(r"minemap (\w+)", part.splitlines()[0])}
+    return {name: part + found["map"] for name, part in found.items()}
+
+
+def test_readme_names_every_command_and_option_and_no_other():
     from minemap.cli import parser
 
-    readme = (ROOT / "README.md").read_text()
     commands = next(a for a in parser()._actions if a.choices and "map" in a.choices).choices
+    told = sections()
+    assert told.keys() == commands.keys()
+    known = {"--help", "--debug", "--version"}
     for name, command in commands.items():
-        assert f"minemap {name}" in readme, name
-        for action in command._actions:
-            for option in action.option_strings:
-                assert option in ("-h", "--help") or option in readme, (name, option)
+        options = {option for action in command._actions for option in action.option_strings} - {"-h", "--help"}
+        known |= options
+        missing = options - set(re.findall(r"(?<![\w-])--[a-z-]+", told[name])) - {"--debug"}
+        assert not missing, (name, missing)
+    everywhere = set(re.findall(r"`[^`\n]*?(--[a-z][a-z-]+)", (ROOT / "README.md").read_text()))
+    assert everywhere <= known, everywhere - known
 
 
 def test_a_reader_that_has_gone_is_no_failure():

@@ -21,7 +21,17 @@ from distributed import Client, LocalCluster
 
 from minemap import map_area
 from minemap.checkpoint import BUNDLED, load_model, load_same
-from minemap.cluster import EXACT, PRESENT, _lacking, check_workers, connect, differences, gpu_share
+from minemap.cluster import (
+    EXACT,
+    PRESENT,
+    _lacking,
+    check_versions,
+    check_workers,
+    connect,
+    differences,
+    gpu_share,
+    versions,
+)
 from minemap.errors import CheckpointError, ClusterError, TooLittleMemoryError
 from minemap.inference import Runner, Settings
 from minemap.mapping import _job
@@ -86,6 +96,22 @@ def test_a_scheduler_without_workers_is_told_after_a_while(small, options, tmp_p
     ):
         map_area(small, "2023", tmp_path / "map.zarr", cluster=made.scheduler_address, **options)
     assert not (tmp_path / "map.zarr").exists()
+
+
+def test_a_port_where_something_else_listens_is_told_in_time(small, options, serve, tmp_path, monkeypatch):
+    """A web server, as a scheduler's dashboard is one."""
+    monkeypatch.setattr("minemap.cluster.GREETING", 1)
+    address = serve(tmp_path).replace("http", "tcp")
+    with pytest.raises(ClusterError, match=rf"no Dask scheduler answers at {address}: .*not its dashboard's"):
+        map_area(small, "2023", tmp_path / "map.zarr", cluster=address, **options)
+
+
+def test_workers_are_checked_when_they_work_too():
+    """Those that join a run after it began."""
+    check_versions(versions())
+    others = tuple((name, "2.0.1" if name == "torch" else version) for name, version in versions())
+    with pytest.raises(ClusterError, match=r"a worker on \S+ has torch 2.* \(here 2.0.1\); install the same"):
+        check_versions(others)
 
 
 def test_a_worker_with_another_torch_is_refused_before_work_starts(small, options, tmp_path):

@@ -108,6 +108,15 @@ def test_nothing_at_all():
     assert np.isnan(image).all() and not count.any()
 
 
+def test_bad_cubes_and_an_empty_one():
+    cube = xr.DataArray(np.zeros((0, 1, 2, 2), np.float32), dims=("time", "band", "y", "x"), coords={"band": ["red"]})
+    assert composite(cube).dtype == np.float32 and np.isnan(composite(cube).values).all()
+    with pytest.raises(InputError, match="cube has dimensions time, y, x"):
+        composite(cube.isel(band=0))
+    with pytest.raises(InputError, match="rule is a dict"):
+        composite(cube, {"min_clear": 2})
+
+
 def test_public_composite_is_lazy_and_the_same():
     rng = np.random.default_rng(3)
     stored = rng.integers(1, 9000, (6, 2, 20, 30)).astype(np.uint16)

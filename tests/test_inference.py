@@ -138,14 +138,23 @@ def test_lazy_prediction_is_the_zones_own_whatever_the_chunks_and_the_cut(model)
         (lambda i: i.assign_coords(x=i.x - 5, y=i.y + 5), "is off the zone's lattice"),  # corners, as stackstac has
         (lambda i: i.isel(y=slice(None, None, -1)), "y descending"),
         (lambda i: i.assign_coords(x=i.x / 1e5, y=i.y / 1e5), "in the metres of a UTM zone"),
+        (lambda i: i.isel(x=slice(None, None, -1)), "is off the zone's lattice"),
+        (lambda i: i.isel(y=slice(None, None, 2)), "is off the zone's lattice"),
+        (lambda i: i.isel(x=np.r_[0:100, 120:256]), "is off the zone's lattice"),
+        (lambda i: i.isel(x=slice(1)), "image is 256 x 1 px"),
+        (lambda i: i.isel(band=0), "image has dimensions y, x"),
         (lambda i: i.drop_vars("band"), "image has no names of its bands"),
+        (lambda i: i.assign_coords(band=[f"B{n}" for n in range(6)]), "name them once each, of blue, green"),
+        (lambda i: i.assign_coords(band=["blue"] * 6), "image has bands blue, blue"),
+        (lambda i: (i * 10_000).fillna(0).astype(np.uint16), "give reflectance as floats"),
     ],
-    ids=["corners", "upwards", "degrees", "bands"],
 )
 def test_images_off_the_lattice_are_refused(model, changed, told):
     image = array(picture(256, 256), Grid(32620, 450_560.0, 696_320.0, 256, 256))
     with pytest.raises(InputError, match=told):
         predict(changed(image), load_model(model))
+    with pytest.raises(InputError, match="checkpoint is a str"):
+        predict(image, "demo-2026")
 
 
 def test_a_missing_band_counts_as_absent(model):

@@ -10,6 +10,8 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from unittest.mock import ANY
 
 import geopandas
 import numpy as np
@@ -529,6 +531,54 @@ def test_what_is_left_of_a_run_cannot_write_into_the_next_ones_map(inner, option
     assert job.store.record(work.tile, job.period)["making"] == job.store.making
 
 
+def test_what_is_left_of_a_run_cannot_write_over_the_next_one(inner, options, tmp_path):
+    """The client of a cluster was killed, and its task lives on while another box of the super-tile is mapped."""
+    out, options = tmp_path / "map.zarr", {**options, "chunk": 2048}
+    store = Store.at(out)
+    west, south, east, north = inner
+    strip = (north - south) / 10
+    strips = ((south, south + strip), (north - strip, north))
+    first, again = (plan((west, low, east, high), "2023", out, **options) for low, high in strips)
+    with store.locked():
+        left = mapping._job(first, store, mapping._prepare(first, store), 1)
+    summary = map_area(again.bbox, "2023", out, **options)
+    with pytest.raises(StoreError, match="is being written by a run that began after this one"):
+        left.make(first.work[0])
+    assert map_area(again.bbox, "2023", out, **options) == {
+        **summary, "super_tiles_computed": 0, "seconds": ANY
+    }  # fmt: skip
+
+
+def test_a_choice_that_another_run_made_meanwhile_stays(inner, options, tmp_path):
+    """Planned with few scenes, while a run that found more had the lock."""
+    out = tmp_path / "map.zarr"
+    late = plan(inner, "2023", out, **options)
+    few = replace(late, cells={cell: chosen[:1] for cell, chosen in late.cells.items()})
+    map_area(inner, "2023", out, **options)
+    before = {path: path.read_bytes() for path in (Store(out).meta / "cells").rglob("*.json")}
+    mapping._prepare(few, Store.at(out))
+    assert before and {path: path.read_bytes() for path in before} == before
+
+
+def test_damaged_files_beside_a_map_are_made_again_or_named(inner, options, tmp_path):
+    out = tmp_path / "map.zarr"
+    map_area(inner, "2023", out, **options)
+    meta = Store(out).meta
+    for folder, text in (("cells", "[["), ("ledger", "[1]"), ("offsets", "")):
+        paths = list((meta / folder).rglob("*.json"))
+        for path in paths:
+            path.write_text(text)
+        assert paths and describe(out)
+        assert map_area(inner, "2023", out, **options)["super_tiles_done"] > 0
+    damaged = next((meta / "items").glob("*.json.gz"))
+    damaged.write_bytes(b"")
+    next((meta / "ledger").rglob("*.json")).unlink()
+    with pytest.raises(StoreError, match=rf"{damaged.name} is gone or damaged: map that date with --refresh"):
+        map_area(inner, "2023", out, **options)
+    map_area(inner, "2023", out, refresh=True, **options)
+    assert damaged.stat().st_size
+
+
 def test_info_counts_what_a_zone_owns(inner, options, tmp_path):
     """Areas of `info` are those of the summary where whole windows were asked for, an area of interest by itself."""
     west, south, east, north = inner
@@ -696,3 +746,28 @@ def test_options_of_other_types_are_refused_before_anything_is_written(option, m
     with pytest.raises(InputError, match="is not four numbers"):
         map_area(("a", 1, 2, 3), "2023", tmp_path / "map.zarr", **options)
     assert not list(tmp_path.iterdir())
+
+
+def test_options_of_numpys_types(inner, options, tmp_path):
+    numbers = {"chunk": np.int64(512), "max_scenes": np.int16(24), "max_cloud": np.float32(90), "exclude": ["x"]}
+    out = tmp_path / "map.zarr"
+    numbers |= {"masked": list(np.arange(4)), "model": load_model(options["model"])}
+    map_area(np.array(inner), 2023, out, **{**options, **numbers})
+    with pytest.raises(InputError, match="max_cloud is '60': give a percentage"):
+        map_area(inner, 2023, tmp_path / "other.zarr", **{**options, "max_cloud": "60"})
+    assert [path.name for path in tmp_path.glob("other*")] == []
+    with pytest.raises(InputError, match="output / has no name"):
+        Store.at("/")
+
+
+def test_an_aoi_between_pixels(inner, options, tmp_path, minemap):
+    """It meets a super-tile and holds no pixel: everything is empty, nothing fails."""
+    west, south, east, north = inner
+    x, y = (west + east) / 2, (south + north) / 2
+    geopandas.GeoSeries([box(x, y, x + 1e-7, y + 1e-7)], crs=4326).to_file(tmp_path / "aoi.geojson")
+    out, options = tmp_path / "map.zarr", {**options, "aoi": tmp_path / "aoi.geojson", "min_clear": 1}
+    assert map_area(inner, "2023-01/2023-06", out, **options)["km2_total"] == 0
+    map_area(inner, "2023-07/2023-12", out, **options)
+    change = ("--before", "2023-01/2023-06", "--after", "2023-07/2023-12", "--out", tmp_path / "c.zarr", "--json")
+    assert json.loads(minemap("change", out, *change).stdout)["common_observed_fraction"] == 0
+    assert minemap("export", out, tmp_path / "map.html").returncode == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from datetime import date
 
@@ -10,7 +11,7 @@ from conftest import item, item_file
 
 from minemap.errors import CatalogueError, InputError, NoItemsError
 from minemap.grid import cell_grid, grids
-from minemap.scenes import Period, Scenes, acquisition_id, newest, parse_months, parse_period, search
+from minemap.scenes import Period, Scenes, _without_end, acquisition_id, newest, parse_months, parse_period, search
 from minemap.sentinel2 import OFFSET, asset_key, baseline, contradicts, scaling
 
 BOX = (-63.5, 6.0, -63.0, 6.5)
@@ -31,7 +32,9 @@ def test_periods(text, start, end):
     assert parse_period(text) == Period(start, end)
 
 
-@pytest.mark.parametrize("text", ["", "23", "2023-6", "2023-02-30", "2023/2022", "a/b", "2023/2024/2025"])
+@pytest.mark.parametrize(
+    "text", ["", "23", "2023-6", "2023-02-30", "2023/2022", "a/b", "2023/2024/2025", "2020/9999", "1677"]
+)
 def test_bad_periods(text):
     with pytest.raises(InputError, match="date"):
         parse_period(text)
@@ -41,8 +44,9 @@ def test_months():
     assert parse_months("6-9") == (6, 7, 8, 9)
     assert parse_months("11-2") == (11, 12, 1, 2)
     assert parse_months("1,6-7") == (1, 6, 7)
-    assert parse_months(None) == ()
-    for text in ("0", "13", "a", "3-", "1,,2"):
+    assert parse_months(None) == () == parse_months([])
+    assert parse_months(5) == (5,) and parse_months((11, 1)) == (11, 1)
+    for text in ("0", "13", "a", "3-", "1,,2", (13,), 0):
         with pytest.raises(InputError, match="months"):
             parse_months(text)
 
@@ -82,6 +86,8 @@ def test_item_files_come_in_several_shapes(tmp_path):
     [
         ({"properties": {"eo:cloud_cover": "n/a"}}, "item x: could not convert string to float"),
         ({"properties": {"datetime": None}}, "item x has no datetime"),
+        ({"assets": {"blue": {}}}, "item x has no 'href'"),
+        ({"assets": None}, "item x: "),
         ({"assets": {"blue": {"href": "http://[bad"}}}, "item x: Invalid IPv6 URL"),
         ({"assets": {"blue": {"href": "/b.tif", "raster:bands": [{"scale": 0, "offset": 1}]}}}, "item x: .*by zero"),
     ],
@@ -91,6 +97,29 @@ def test_a_malformed_item_is_named(tmp_path, changes, told):
     made = {**made, **changes, "properties": {**made["properties"], **changes.get("properties", {})}}
     with pytest.raises(CatalogueError, match=told):
         search((-63.4, 6.2, -63.3, 6.3), "2023", stac=item_file(tmp_path / "items.json", [made]))
+
+
+def test_bad_searches(tmp_path):
+    path = item_file(tmp_path / "items.json", [item("x", "2023-05-01", (-63.4, 6.2, -63.3, 6.3), {"blue": "/b.tif"})])
+    for box in ((1, 2, 3), (-63.4, 6.3, -63.3, 6.2), ("a", 1, 2, 3)):
+        with pytest.raises(InputError, match=r"bbox .* is not four degrees"):
+            search(box, "2023", stac=path)
+    for changes, told in (({"max_cloud": None}, "max_cloud is None"), ({"stac": []}, "stac is a list")):
+        with pytest.raises(InputError, match=told):
+            search((-63.4, 6.2, -63.3, 6.3), "2023", **{"stac": path, **changes})
+
+
+def test_pages_that_lead_to_each_other_end():
+    with pytest.raises(CatalogueError, match="its pages repeat themselves without an end"):
+        list(_without_end(({"id": str(n % 150)} for n in itertools.count()), "http://catalogue"))
+    assert len(list(_without_end(({"id": str(n)} for n in range(1000)), "http://catalogue"))) == 1000
+
+
+def test_heights_and_missing_links_are_no_matter(tmp_path):
+    made = item("x", "2023-05-01", (-63.4, 6.2, -63.3, 6.3), {"blue": "/b.tif"})
+    made |= {"bbox": [-63.4, 6.2, 0, -63.3, 6.3, 900], "geometry": None, "links": None}
+    (found,) = search((-63.35, 6.25, -63.3, 6.3), "2023", stac=item_file(tmp_path / "items.json", [made]))
+    assert found["bbox"] == [-63.4, 6.2, -63.3, 6.3]
 
 
 def test_the_start_stands_for_a_moment_that_is_not_told(tmp_path):
