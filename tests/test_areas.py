@@ -12,7 +12,7 @@ import pytest
 from pyproj import Geod
 from shapely.geometry import MultiPoint, MultiPolygon, Point, Polygon, box
 
-from minemap.areas import POOR, area_table, first_year
+from minemap.areas import POOR, _around, area_table, first_year
 from minemap.checkpoint import load_model
 from minemap.errors import InputError, StoreError
 from minemap.files import write_atomically
@@ -81,6 +81,30 @@ def test_areas_are_the_pixels(made):
         assert row.site_area_km2 == pytest.approx(area[asked].sum(), rel=1e-12)
     assert table["poorly_observed"].tolist() == [False, True, False]
     assert geodesic_km2(box(*BOX).segmentize(0.001)) == pytest.approx(area[asked].sum(), rel=2e-3)
+
+
+def test_only_what_was_computed_is_the_maps(tmp_path, model):
+    """Of a super-tile of which a box asked for one window, the others are neither observed nor missing."""
+    path = store_of(tmp_path / "map.zarr", BOX, (2020,), lambda grid, _: np.full(grid.shape, 90), model)
+    store, period = Store(path), parse_period("2020")
+    (first, *others) = store.done("utm32620", period)
+    for tile in others:
+        store.record_path(tile, period).unlink()
+    store.write_record(first, period, {"windows": [0, 1, 0, 1], "items": []})
+    values = np.full(first.shape, 255, np.uint8)
+    values[:WINDOW, :WINDOW] = 90
+    store.write_tile(first, 0, {"probability": values})
+    (row,) = area_table(path).to_dict("records")
+    expected = pixel_area_km2(first.window(0, 0, WINDOW, WINDOW)).sum()
+    assert row["site_area_km2"] == pytest.approx(expected) and row["observed_fraction"] == 1
+
+
+def test_the_box_of_a_site_is_that_of_its_pixels():
+    """What counts as outside the model's region: the site's own pixels, not the super-tiles that it touches."""
+    (grid,) = grids(BOX, 512)
+    mask = np.zeros(grid.shape, bool)
+    mask[100:120, 300:340] = True
+    assert _around(mask, grid) == grid.window(100, 300, 20, 40).lonlat_bounds != grid.lonlat_bounds
 
 
 def test_a_clouded_year_is_no_loss(made):

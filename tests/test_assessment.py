@@ -336,6 +336,13 @@ def test_a_map_that_has_grown_since_is_refused(tmp_path, model):
     store.write_record(new, period, record)
     with pytest.raises(InputError, match=r"km² in stratum far, .* when the points were drawn: draw a new sample"):
         assess(path, table)
+    store.write_tile(new, 0, {"probability": np.full(new.shape, 255, np.uint8)})
+    assert assess(path, table)["labelled"] == 60
+    one = np.full(new.shape, 255, np.uint8)
+    one[0, 0] = 0  # far from the mine: one pixel more
+    store.write_tile(new, 0, {"probability": one})
+    with pytest.raises(InputError, match="draw a new sample"):
+        assess(path, table)
 
 
 @pytest.mark.parametrize(("separator", "decimal"), [(",", "."), (";", "."), (";", ",")])

@@ -31,6 +31,7 @@ from minemap.cluster import (
     differences,
     gpu_share,
     versions,
+    worker_count,
 )
 from minemap.errors import CheckpointError, ClusterError, TooLittleMemoryError
 from minemap.inference import Runner, Settings
@@ -263,6 +264,16 @@ def test_another_failure_of_the_network_is_no_lack_of_memory(model):
     runner.forward = Greedy(runner.forward, 0, RuntimeError("shapes cannot be multiplied"))
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         runner(np.zeros((4, 6, 320, 320), np.float32))
+
+
+def test_cores_are_shared_by_the_processes_of_a_machine(monkeypatch):
+    """Each process runs as many network streams as cores are left for it."""
+    monkeypatch.setattr("minemap.inference.cores", lambda: 8)
+    assert [Settings.for_machine("fp32", workers).streams for workers in (1, 3, 9)] == [8, 2, 1]
+    three = LocalCluster(n_workers=3, threads_per_worker=1, processes=False, dashboard_address=":0")
+    with three as made, Client(made) as client:
+        assert worker_count(client) == 3
+    assert worker_count(None) == 1
 
 
 def test_workers_that_have_all_are_accepted(scheduler, model, tmp_path):

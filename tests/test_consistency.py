@@ -74,6 +74,13 @@ def test_what_it_is_for(seen, mine):
     assert np.where(smoothed == 255, 255, smoothed >= 50).tolist() == mine
 
 
+def test_a_mine_goes_less_often_than_ground_is_mined():
+    """The rates measured on mines6 (see `minemap.consistency`), and which is which."""
+    assert (UNMINED, MINED) == (0.030, 0.052)
+    after_two = transition(2)
+    assert after_two[0, 1] > after_two[1, 0]  # (before, after): 0 not, 1 mine
+
+
 def test_chances_of_many_years():
     two = transition(1) @ transition(1)
     np.testing.assert_allclose(transition(2), two)

@@ -42,8 +42,9 @@ def test_interval_by_hand():
 
 def test_what_is_extrapolated():
     inside, outside = (-63.0, 6.2, -62.9, 6.3), (-61.0, 6.2, -60.9, 6.3)
-    usual, rare = levels(2.0, 0.5, 7.0), levels(0.001, 0.0, 9.0)
+    usual, rare, all_mine = levels(2.0, 0.5, 7.0), levels(0.001, 0.0, 9.0), levels(9.0, 0.5, 0.0)
     assert not MODEL.extrapolates(usual, [inside]) and MODEL.extrapolates(usual, [inside, outside])
+    assert MODEL.extrapolates(all_mine, [inside])
     assert MODEL.extrapolates(rare, [inside]) and MODEL.extrapolates(levels(0.0, 0.0, 0.0), [inside])
     assert MODEL.extrapolates(np.stack([usual, rare]), [inside]).tolist() == [False, True]
 
