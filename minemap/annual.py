@@ -12,12 +12,13 @@ from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from .areas import area_table, check_threshold
+from .areas import area_table
 from .cluster import connect
 from .consistency import make_consistent
 from .errors import InputError, NoItemsError, ReadError
-from .files import check_file, drafted
+from .files import TABLES, drafted, file_to_write, write_table
 from .grid import BBox, check_bbox
+from .inference import check_threshold
 from .mapping import map_area
 from .planning import Plan, plan
 from .scenes import FIRST_YEAR, LAST_YEAR, around
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from distributed import Client
     from matplotlib.figure import Figure
 
-TABLES = (".csv", ".parquet")
 CONSISTENCY = ("hmm",)
 T = TypeVar("T")
 PANELS = 12  # sites a chart shows, those with the most mine
@@ -157,15 +157,6 @@ def _union(sites: list[Site]) -> Any:
     return shapely.union_all([site.area for site in sites])
 
 
-def file_to_write(name: str | Path, endings: tuple[str, ...], role: str) -> Path:
-    """The path of a file that can be written, by its ending and its folder. Raises InputError."""
-    path = Path(name)
-    if path.suffix.lower() not in endings:
-        raise InputError(f"{role} {path.name!r} can't be written: endings are {', '.join(endings)}")
-    check_file(path, role)
-    return path
-
-
 def parse_years(years: str | int | Sequence[int]) -> list[int]:
     """ "2018-2024", "2018,2020", "2019", a number or numbers as ascending years. Raises InputError."""
     parts: Iterable[object] = str(years).split(",") if isinstance(years, str | int | Integral) else years
@@ -223,42 +214,23 @@ def _by_year(job: _Job, make: Callable[[int], T]) -> dict[int, T]:
     return made
 
 
-def write_table(frame: pd.DataFrame, path: Path) -> None:
-    """The table as CSV (areas and shares to six decimals: a square metre) or Parquet, whole or not at all."""
-    with drafted(path) as draft:
-        if path.suffix.lower() == ".parquet":
-            frame.to_parquet(draft, index=False)
-        else:
-            frame.to_csv(draft, index=False, float_format="%.6f")
-
-
 def draw_chart(frame: pd.DataFrame, path: Path, store: Store) -> None:
     """Mapped area by year, a panel a site, with the estimate's bounds; poorly observed years are hollow, unjoined and
     without bounds: what they show is no loss."""
-    from matplotlib import pyplot as plt
-
-    figure = make_chart(frame, store)
-    try:
-        with drafted(path) as draft:
-            figure.savefig(draft, dpi=110)
-    finally:
-        plt.close(figure)
+    with drafted(path) as draft:
+        make_chart(frame, store).savefig(draft, dpi=110)
 
 
 def make_chart(frame: pd.DataFrame, store: Store) -> Figure:
-    """The figure of `draw_chart`; whoever asks for it closes it."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    """The figure of `draw_chart`. Not of pyplot, whose backend is the user's."""
+    from matplotlib.figure import Figure
 
     largest = frame.groupby("site", sort=False)["mapped_area_km2"].max().fillna(-1).nlargest(PANELS)
     names = [name for name in frame["site"].unique() if name in largest.index]
     columns = min(3, len(names))
     rows = -(-len(names) // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(5 * columns + 1, 3.2 * rows + 0.8), squeeze=False, layout="constrained"
-    )
+    figure = Figure(figsize=(5 * columns + 1, 3.2 * rows + 0.8), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
     for axis, name in zip(axes.flat, names, strict=False):
         _panel(axis, frame[frame["site"] == name], str(name))
         axis.set_xlim(frame["year"].min() - 0.5, frame["year"].max() + 0.5)  # of all sites, seen or not

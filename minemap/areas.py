@@ -7,8 +7,6 @@ owns it.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -18,9 +16,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .contents import computed_tiles, ledger_digest, read_periods, sorted_periods
 from .errors import InputError, StoreError
 from .grid import WINDOW, BBox, Grid, check_bbox, pixel_area_km2
-from .inference import NOT_OBSERVED, mine_from
+from .inference import NOT_OBSERVED, check_threshold, mine_from
 from .scenes import Period, parse_period
 from .sensors import asset_key
 from .sites import Site, read_sites
@@ -88,27 +87,6 @@ def _sites(sites: str | Path | Sequence[Site] | None, bbox: BBox | None, buffer:
     return list(sites)
 
 
-def sorted_periods(store: Store) -> list[Period]:
-    """The periods of all zones of a map in order of time. Raises StoreError, InputError when there are none."""
-    store.attributes()
-    found = {period for group in store.groups() for period in store.periods(group)}
-    if not found:
-        raise InputError(f"{store.path} has nothing mapped yet")
-    return sorted(found, key=lambda period: (period.start, period.end))
-
-
-def choose_period(store: Store, date: str | Period | None, zone: str | None = None) -> Period:
-    """The period that `date` names, the last one when None, of a zone or of any. Raises InputError, StoreError."""
-    every = sorted_periods(store)
-    periods = every if zone is None else [period for period in every if period in store.periods(zone)]
-    if not periods:
-        raise InputError(f"{store.path} has nothing mapped yet in {zone}")
-    wanted = periods[-1] if date is None else parse_period(date)
-    if wanted not in periods:
-        raise InputError(f"the map has no period {wanted}: it has {', '.join(map(str, periods))}")
-    return wanted
-
-
 def _periods(store: Store, years: Sequence[int] | None, layer: str) -> list[Period]:
     """The periods of a map, or the asked years."""
     found = sorted_periods(store)
@@ -142,19 +120,6 @@ def _is_consistent(store: Store, group: str) -> bool:
     """
     source = store.consistent_source(group)
     return source is not None and (not store.meta.is_dir() or source == ledger_digest(store, group))
-
-
-def ledger_digest(store: Store, group: str) -> str:
-    """A digest of all records of a zone: another one when any of its super-tiles was mapped, or mapped again."""
-    records = {str(period): store.records(group, period) for period in store.periods(group)}
-    return hashlib.sha256(json.dumps(records, sort_keys=True).encode()).hexdigest()
-
-
-def check_threshold(threshold: float) -> float:
-    """A threshold as it is; InputError when it is no probability."""
-    if not 0 <= threshold <= 1:
-        raise InputError(f"threshold {threshold} is a probability, 0 to 1")
-    return threshold
 
 
 # --- tallying ---------------------------------------------------------------------------------------------------
@@ -226,11 +191,6 @@ def _around(mask: np.ndarray, tile: Grid) -> BBox:
     return tile.window(int(rows[0]), int(columns[0]), height, width).lonlat_bounds
 
 
-def computed_tiles(store: Store) -> list[Grid]:
-    """The super-tiles that are done in any period; without a ledger, all that the arrays cover."""
-    return [tile for group in store.groups() for tile in store.done(group)]
-
-
 def _mask(store: Store, site: Site, tile: Grid, periods: list[Period]) -> np.ndarray:
     """Which pixels of a super-tile are the site's, bool (y, x); boxes and whole maps end at the map's own aoi."""
     if site.area is not None:
@@ -249,18 +209,6 @@ def _computed(store: Store, tile: Grid, periods: list[Period]) -> np.ndarray:
             top, bottom, left, right = (n * WINDOW for n in record["windows"])
             mask[top:bottom, left:right] = True
     return mask
-
-
-def read_periods(store: Store, tile: Grid, periods: list[Period], layer: str = "probability") -> np.ndarray:
-    """What is stored of a super-tile in each period, uint8 (period, y, x), 255 where it was not (or never) mapped."""
-    out = np.full((len(periods), *tile.shape), NOT_OBSERVED, np.uint8)
-    if tile.group not in store.groups() or not store.grid(tile.group).covers(tile):
-        return out
-    present = store.periods(tile.group)
-    for n, period in enumerate(periods):
-        if period in present and (store.record(tile, period) or not store.meta.is_dir()):
-            out[n] = store.read_tile(tile, present.index(period), layer)
-    return out
 
 
 # --- the table --------------------------------------------------------------------------------------------------
@@ -308,13 +256,3 @@ def _estimated(tally: Tally, model: AreaModel | None) -> tuple[np.ndarray, np.nd
         return np.full((3, len(tally.levels)), np.nan), np.ones(len(tally.levels), bool)
     outside = model.extrapolates(tally.levels, tally.boxes)
     return np.where(tally.observed > 0, model.interval(tally.levels), np.nan), outside
-
-
-def first_year(mine: np.ndarray, years: Sequence[int]) -> np.ndarray:
-    """The first of `years` in which a pixel was mine, uint16 (y, x), 0 = never.
-
-    mine: uint8 (year, y, x), 1 mine, 0 not, 255 not observed, in order of `years`. What was mine in the first year
-    may be older. A year that was not observed is skipped: the year is then the first in which the mine was seen.
-    """
-    is_mine = np.asarray(mine) == 1
-    return np.where(is_mine.any(axis=0), np.asarray(years, np.uint16)[is_mine.argmax(axis=0)], 0).astype(np.uint16)

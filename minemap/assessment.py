@@ -25,11 +25,11 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
-from .areas import check_threshold, choose_period, computed_tiles, read_periods
+from .contents import choose_period, computed_tiles, read_periods
 from .errors import InputError
 from .files import check_file, write_atomically
 from .grid import Grid, continuous_lonlat, pixel_area_km2
-from .inference import NOT_OBSERVED, mine_from
+from .inference import NOT_OBSERVED, check_threshold, mine_from
 from .scenes import Period, parse_period
 from .store import Store
 

@@ -16,7 +16,7 @@ import math
 import shutil
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -27,14 +27,14 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from . import __version__
-from .annual import TABLES, file_to_write, write_table
-from .areas import check_threshold, choose_period, first_year, read_periods
 from .checkpoint import DEFAULT_CHANGE_MODEL, Checkpoint, load_model
 from .cluster import check_workers, connect, worker_count
 from .compositing import Rule
+from .contents import choose_period, read_periods
 from .errors import DamagedTileError, InputError, StoreError
+from .files import TABLES, file_to_write, write_table
 from .grid import WINDOW, Grid, pixel_area_km2
-from .inference import NOT_OBSERVED, Settings, layout, mine_from, probability
+from .inference import NOT_OBSERVED, Settings, check_threshold, layout, mine_from, probability
 from .reader import Access
 from .running import run_tiles
 from .scenes import SOURCES, Period, Source
@@ -229,6 +229,16 @@ def _around(tile: Grid) -> list[Grid]:
 def as_mine(percent: np.ndarray, limit: int) -> np.ndarray:
     """1 mine, 0 not, 255 not observed, uint8."""
     return np.where(percent == NOT_OBSERVED, NOT_OBSERVED, percent >= limit).astype(np.uint8)
+
+
+def first_year(mine: np.ndarray, years: Sequence[int]) -> np.ndarray:
+    """The first of `years` in which a pixel was mine, uint16 (y, x), 0 = never.
+
+    mine: uint8 (year, y, x), 1 mine, 0 not, 255 not observed, in order of `years`. What was mine in the first year
+    may be older. A year that was not observed is skipped: the year is then the first in which the mine was seen.
+    """
+    is_mine = np.asarray(mine) == 1
+    return np.where(is_mine.any(axis=0), np.asarray(years, np.uint16)[is_mine.argmax(axis=0)], 0).astype(np.uint16)
 
 
 def change(

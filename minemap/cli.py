@@ -24,6 +24,7 @@ INTERRUPTED = 130
 FULL = "free some space, or choose another place; what is finished stays"
 REFUSED = "choose a place where you may do that"
 REMEDIES = {errno.ENOSPC: FULL, errno.EDQUOT: FULL, errno.ENOTDIR: "a part of that path is a file, choose another"}
+REMEDIES[errno.ENOENT] = "check the path"
 REMEDIES |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), REFUSED)
 GO_ON = ("map", "series", "change", "chips", "train")  # commands that take up what an interrupted one did
 

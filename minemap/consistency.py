@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .areas import computed_tiles, ledger_digest, read_periods, sorted_periods
+from .contents import computed_tiles, ledger_digest, read_periods, sorted_periods
 from .errors import StoreError
 from .inference import NOT_OBSERVED
 from .store import Store

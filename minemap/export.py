@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xarray as xr
 
-from .areas import check_threshold, choose_period, sorted_periods
+from .contents import choose_period, sorted_periods
 from .errors import InputError, StoreError, first_line
 from .files import check_file, drafted, write_atomically
-from .inference import NOT_OBSERVED, mine_from
+from .inference import NOT_OBSERVED, check_threshold, mine_from
 from .polygons import COLUMNS, polygons
 from .pyramid import write_pyramid
 from .scenes import Period
@@ -283,28 +283,20 @@ def _software(about: dict[str, Any]) -> dict[str, str]:
 
 def write_picture(data: xr.Dataset, out: Path, *, threshold: float | None, store: Store) -> None:
     """The composite with the footprint's outline beside the probability: scale bar, north, legend, date."""
-    from matplotlib import pyplot as plt
-
-    figure = draw_picture(data, threshold=threshold, store=store)
-    try:
-        figure.savefig(out, dpi=110)
-    finally:
-        plt.close(figure)
+    draw_picture(data, threshold=threshold, store=store).savefig(out, dpi=110)
 
 
 def draw_picture(data: xr.Dataset, *, threshold: float | None, store: Store) -> Figure:
-    """The figure of `write_picture`; whoever asks for it closes it."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    """The figure of `write_picture`. Not of pyplot, whose backend is the user's."""
+    from matplotlib.figure import Figure
 
     about = store.attributes()
     limit = about["recipe"]["threshold"] if threshold is None else threshold
     data = _cropped(data)
     percent, ground, kilometres = _panels(data)
     ratio = min(3.0, max(0.3, percent.shape[0] / percent.shape[1]))
-    figure, axes = plt.subplots(1, 2, figsize=(14, 7 * ratio + 1.1), layout="constrained")
+    figure = Figure(figsize=(14, 7 * ratio + 1.1), layout="constrained")
+    axes = figure.subplots(1, 2)
     extent = (0.0, kilometres[1], 0.0, kilometres[0])
     axes[0].imshow(ground, extent=extent, interpolation="nearest")
     mine = percent >= mine_from(limit)  # never where it is NaN, not observed

@@ -9,10 +9,16 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from .errors import InputError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+TABLES = (".csv", ".parquet")
 
 
 def _read_umask() -> int:
@@ -65,12 +71,38 @@ def drafted(out: Path) -> Iterator[Path]:
         draft.unlink(missing_ok=True)
 
 
+def check_outside(path: Path, role: str = "output") -> None:
+    """Raises InputError for a place within a Zarr store, which would take it for a part of its own."""
+    for folder in path.resolve().parents:
+        if (folder / "zarr.json").exists():
+            raise InputError(f"{role} {path} lies within the store {folder}: choose a place beside it")
+
+
 def check_file(path: Path, role: str = "output") -> None:
     """Raises InputError unless a file of that name can be written."""
     folder = path.absolute().parent
     if path.is_dir():
         raise InputError(f"{role} {path} is a folder: give the name of a file")
+    check_outside(path, role)
     if not folder.is_dir():
         raise InputError(f"{role} {path.name}: folder {folder} does not exist: make it first")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise InputError(f"{role} {path.name}: folder {folder} can't be written to, choose another")
+
+
+def file_to_write(name: str | Path, endings: tuple[str, ...], role: str) -> Path:
+    """The path of a file that can be written, by its ending and its folder. Raises InputError."""
+    path = Path(name)
+    if path.suffix.lower() not in endings:
+        raise InputError(f"{role} {path.name!r} can't be written: endings are {', '.join(endings)}")
+    check_file(path, role)
+    return path
+
+
+def write_table(frame: pd.DataFrame, path: Path) -> None:
+    """The table as CSV (areas and shares to six decimals: a square metre) or Parquet, whole or not at all."""
+    with drafted(path) as draft:
+        if path.suffix.lower() == ".parquet":
+            frame.to_parquet(draft, index=False)
+        else:
+            frame.to_csv(draft, index=False, float_format="%.6f")

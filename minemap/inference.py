@@ -188,6 +188,13 @@ def mine_from(threshold: float) -> int:
     return int(np.ceil(threshold * 100 - 1e-9))
 
 
+def check_threshold(threshold: float) -> float:
+    """A threshold as it is; InputError when it is no probability."""
+    if not 0 <= threshold <= 1:
+        raise InputError(f"threshold {threshold} is a probability, 0 to 1")
+    return threshold
+
+
 def probability(image: np.ndarray, checkpoint: Checkpoint, settings: Settings) -> np.ndarray:
     """Probability of mine, float32 (y, x), NaN where not observed, of an image with its margin.
 

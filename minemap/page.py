@@ -23,10 +23,12 @@ import xarray as xr
 from affine import Affine
 from pyproj import CRS, Transformer
 
-from .areas import POOR, area_table, check_threshold, choose_period, sorted_periods
+from .areas import POOR, area_table
+from .contents import choose_period, sorted_periods
 from .errors import InputError
 from .export import Shape, period_index
 from .files import check_file, drafted
+from .inference import check_threshold
 from .polygons import polygons
 from .scenes import Period, parse_period
 from .store import Store, open_map

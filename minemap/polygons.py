@@ -23,10 +23,10 @@ import numpy as np
 import shapely
 from pyproj import Geod, Transformer
 
-from .areas import check_threshold, choose_period, read_periods
+from .contents import choose_period, read_periods
 from .errors import InputError
 from .grid import Grid, continuous_lonlat, zone_box
-from .inference import NOT_OBSERVED, mine_from
+from .inference import NOT_OBSERVED, check_threshold, mine_from
 from .scenes import Period
 from .store import Store
 

@@ -32,7 +32,7 @@ from filelock import FileLock, Timeout
 
 from . import zones
 from .errors import DamagedTileError, InputError, StoreError
-from .files import UMASK, file_name, read_json, write_atomically
+from .files import UMASK, check_outside, file_name, read_json, write_atomically
 from .grid import WINDOW, Grid
 from .scenes import Period
 from .sentinel2 import Item
@@ -114,6 +114,7 @@ class Store:
         """Whether a run with `parameters` over `grids` may write here; touches nothing. Raises StoreError."""
         if self.meta.exists() and not self.meta.is_dir():
             raise StoreError(f"{self.meta} is a file, and the folder beside the store: choose another output")
+        check_outside(self.path)
         if not self.exists():
             parent = next(p for p in self.path.absolute().parents if p.exists())
             if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):

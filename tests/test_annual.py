@@ -18,7 +18,9 @@ from shapely.geometry import Point, box
 import minemap as package
 from minemap import series
 from minemap.annual import make_chart, parse_years, plan_years
-from minemap.areas import area_table, computed_tiles, first_year, read_periods, sorted_periods
+from minemap.areas import area_table
+from minemap.changes import first_year
+from minemap.contents import computed_tiles, read_periods, sorted_periods
 from minemap.demo import DemoConfig, make_demo
 from minemap.errors import InputError, NoItemsError, ReadError, StoreError
 from minemap.grid import pixel_area_km2
@@ -145,7 +147,6 @@ def test_table_and_chart(mapped):
     (panel,) = make_chart(rich, store).axes
     spans = [line[0, 1] < line[1, 1] for bars in panel.collections for line in bars.get_segments()]
     assert len(spans) == len(YEARS) - 1 and all(spans)  # none of the clouded year
-    plt.close("all")
 
 
 def test_charts_of_odd_tables(mapped):
@@ -158,11 +159,10 @@ def test_charts_of_odd_tables(mapped):
         assert panel.get_xlim() == (some["year"].min() - 0.5, some["year"].max() + 0.5)
     names = (r"cost $5 $\q$", "a long name " * 12, "x" * 200)
     figure = make_chart(pd.concat([frame.assign(site=name) for name in names]), store)
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     ends = [(panel.title.get_window_extent().x0, panel.title.get_window_extent().x1) for panel in figure.axes]
     assert all(left >= 0 and right <= figure.bbox.width for left, right in ends)
     assert all(a[1] < b[0] for a, b in itertools.pairwise(ends))
-    plt.close("all")
 
 
 def test_consistency_is_kept_beside(mapped, land, options):

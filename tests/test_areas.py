@@ -12,7 +12,8 @@ import pytest
 from pyproj import Geod
 from shapely.geometry import MultiPoint, MultiPolygon, Point, Polygon, box
 
-from minemap.areas import POOR, _around, area_table, first_year
+from minemap.areas import POOR, _around, area_table
+from minemap.changes import first_year
 from minemap.checkpoint import load_model
 from minemap.errors import InputError, StoreError
 from minemap.files import write_atomically

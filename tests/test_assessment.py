@@ -11,8 +11,8 @@ import pandas as pd
 import pytest
 from test_areas import BOX, EDGE, store_of
 
-from minemap.areas import computed_tiles
 from minemap.assessment import NEAR, STRATA, accuracy, assess, sample
+from minemap.contents import computed_tiles
 from minemap.errors import InputError
 from minemap.grid import grids, pixel_area_km2
 from minemap.scenes import parse_period

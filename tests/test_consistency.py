@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from test_areas import BOX, store_of
 
-from minemap.areas import area_table, computed_tiles
+from minemap.areas import area_table
 from minemap.consistency import CERTAIN, MINED, UNMINED, make_consistent, smooth, transition
+from minemap.contents import computed_tiles
 from minemap.errors import DamagedTileError, StoreError
 from minemap.scenes import parse_period
 from minemap.store import Store

@@ -17,7 +17,6 @@ import rasterio
 import xarray as xr
 import zarr
 from conftest import item, item_file, painted
-from matplotlib import pyplot as plt
 from PIL import Image
 from pystac.extensions.mlm import MLMExtension, TaskType
 from pystac.extensions.projection import ProjectionExtension
@@ -277,7 +276,6 @@ def test_a_picture_shows_outline_scale_and_what_was_not_seen(tmp_path):
     np.testing.assert_array_equal(grey, percent == 255)
     title, width = figure._suptitle, figure.bbox.width
     assert title.get_text().startswith("2023-01-01 to 2023-12-31") and title.get_window_extent().width < width
-    plt.close(figure)
 
 
 def test_nothing_to_export(tmp_path):
@@ -288,6 +286,16 @@ def test_nothing_to_export(tmp_path):
         with pytest.raises(InputError, match="has nothing mapped yet"):
             (export_page if name == "m.html" else export)(path, tmp_path / name)
     assert [p.name for p in tmp_path.iterdir() if not p.name.startswith("map.zarr")] == []
+
+
+def test_nothing_is_written_into_a_store(small):
+    before = sorted(small.rglob("*"))
+    for place in (small / "m.tif", small / "utm32620" / "m.geojson", small / "levels.zarr", small / "m.html"):
+        with pytest.raises(InputError, match=r"lies within the store .*: choose a place beside it"):
+            (export_page if place.suffix == ".html" else export)(small, place)
+    with pytest.raises(InputError, match="lies within the store"):
+        Store.at(small / "sub.zarr").check({}, [])
+    assert sorted(small.rglob("*")) == before
 
 
 def test_items_of_a_catalogue_are_linked(tmp_path):

@@ -75,7 +75,7 @@ def test_both_dates_move_together_and_vary_apart():
 
 
 def test_blending_dates_is_refused():
-    with pytest.raises(InputError, match=r"blend=0\.2 is not possible"):
+    with pytest.raises(InputError, match=r"blend=0\.2: it would mix"):
         make_config(TINY | {"out": "", "blend": 0.2})
 
 

@@ -13,6 +13,7 @@ from minemap.errors import InputError
 from minemap.sentinel2 import BANDS
 
 SELECTIONS = ("none", "standard", "image", "pixel", "hybrid")  # what is distilled
+STRIDE = 32  # of the networks
 CHANCES = [
     "smoothing",
     "replay",
@@ -117,45 +118,72 @@ class TrainConfig:
         for key, kind in option_types().items():
             if not _is(value := getattr(self, key), kind):
                 raise InputError(f"training option {key}={value!r} is no {getattr(kind, '__name__', kind)}")
-        if wrong := self._impossible():
-            raise InputError(f"training option {wrong[0]}={getattr(self, wrong[0])!r} is not possible")
+        for name, (holds, rule) in self._rules().items():
+            if not holds:
+                raise InputError(f"training option {name}={getattr(self, name)!r}: {rule}")
 
-    def _impossible(self) -> list[str]:
-        """Names of options whose values do not do, by themselves or with the others."""
-        checks = {
-            "rows": self.rows in ("all", "fine", "rest"),
-            "coarse": self.coarse in ("none", "fitted", "blobs"),
-            "selection": self.selection in SELECTIONS,
-            "keep": self.keep in ("best", "last"),
-            "schedule": self.schedule == "cosine" or (self.schedule == "plateau" and self.keep == "best"),
-            "precision": self.precision in ("bf16", "fp32"),
-            "bands": bool(self.bands) and set(self.bands) <= set(BANDS),
-            "epochs": self.epochs > 0,
-            "batch": self.batch > 1,
-            "holdout": 0 <= self.holdout < 1,
-            "holdout_fold": self.holdout_fold >= 0 and self.holdout_fold * self.holdout < 1,
-            "fine_share": 0 < self.fine_share <= 1,
-            "threads": self.threads > 0,
-            "seed": self.seed >= 0,
-            "learning_rate": 0 <= self.learning_rate < math.inf,
-            "temperature": self.temperature > 0,
-            "warmup": self.warmup >= 0,
-            "ema": 0 <= self.ema < 1,
-            "sizes": bool(self.sizes)
-            and all(size > 0 and size % 32 == 0 for size in self.sizes),  # the networks' stride
-            "scatter_cell": not any(size % self.cells(size) for size in self.sizes if size >= self.scene),
-            "replay": not self.replay or self.rows == "fine",  # it draws from the others
-            "derived": all(set(DERIVED.get(name, "?")) <= set(self.bands) for name in self.derived),
-            "attention": not self.attention or not self.architecture.startswith("mine"),  # LwM's: of a baseline
-            "blend": not (self.blend and self.architecture == "minenetcd"),  # would mix a pair's two orders
+    def _rules(self) -> dict[str, tuple[bool, str]]:
+        """Option -> whether its value does, by itself and with the others, and the rule in words."""
+        chances = {name: (0 <= getattr(self, name) <= 1, "it is a chance or share, 0 to 1") for name in CHANCES}
+        weights = {name: (getattr(self, name) >= 0, "it is 0 or more") for name in WEIGHTS}
+        scenes = [size for size in self.sizes if size >= self.scene]
+        return {
+            **chances,
+            **weights,
+            "rows": _one_of(self.rows, ("all", "fine", "rest")),
+            "coarse": _one_of(self.coarse, ("none", "fitted", "blobs")),
+            "selection": _one_of(self.selection, SELECTIONS),
+            "keep": _one_of(self.keep, ("best", "last")),
+            "schedule": (
+                self.schedule == "cosine" or (self.schedule == "plateau" and self.keep == "best"),
+                "give cosine, or plateau with keep=best",
+            ),
+            "precision": _one_of(self.precision, ("bf16", "fp32")),
+            "bands": (bool(self.bands) and set(self.bands) <= set(BANDS), f"choose among {', '.join(BANDS)}"),
+            "epochs": (self.epochs > 0, "give 1 or more"),
+            "batch": (self.batch > 1, "give 2 or more"),
+            "holdout": (0 <= self.holdout < 1, "it is a share, 0 or more and below 1"),
+            "holdout_fold": (
+                self.holdout_fold >= 0 and self.holdout_fold * self.holdout < 1,
+                f"with holdout={self.holdout:g} there are fewer folds, counted from 0",
+            ),
+            "fine_share": (0 < self.fine_share <= 1, "it is a share, above 0"),
+            "threads": (self.threads > 0, "give 1 or more"),
+            "seed": (self.seed >= 0, "it is 0 or more"),
+            "learning_rate": (0 <= self.learning_rate < math.inf, "it is 0 or more"),
+            "temperature": (self.temperature > 0, "it is above 0"),
+            "warmup": (self.warmup >= 0, "it is 0 or more"),
+            "ema": (0 <= self.ema < 1, "it is 0 or more and below 1"),
+            "sizes": (
+                bool(self.sizes) and all(size > 0 and size % STRIDE == 0 for size in self.sizes),
+                f"sides of windows are multiples of {STRIDE}, the networks' stride",
+            ),
+            "scatter_cell": (
+                self.scatter_cell >= 0 and not any(size % self.cells(size) for size in scenes),
+                "a whole number of such cells must fill the windows",
+            ),
+            "replay": (0 <= self.replay <= 1 and (not self.replay or self.rows == "fine"), "it needs rows=fine"),
+            "derived": (
+                all(set(DERIVED.get(name, "?")) <= set(self.bands) for name in self.derived),
+                f"known are {', '.join(DERIVED)}, of bands that are read",
+            ),
+            "attention": (
+                self.attention >= 0 and (not self.attention or not self.architecture.startswith("mine")),
+                "LwM's is of baselines",
+            ),
+            "blend": (
+                0 <= self.blend <= 1 and not (self.blend and self.architecture == "minenetcd"),
+                "it would mix a pair's two orders",
+            ),
         }
-        wrong = [key for key, good in checks.items() if not good]
-        wrong += [name for name in CHANCES if not 0 <= getattr(self, name) <= 1]
-        return wrong + [name for name in WEIGHTS if not getattr(self, name) >= 0]
 
     def cells(self, size: int) -> int:
         """Small chips along a side of a scene that shows several."""
         return max(2, size // self.scatter_cell) if self.scatter_cell else 2
+
+
+def _one_of(value: str, known: tuple[str, ...]) -> tuple[bool, str]:
+    return value in known, f"choose among {', '.join(known)}"
 
 
 def _is(value: Any, kind: Any) -> bool:
