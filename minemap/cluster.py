@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import lru_cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,6 +83,14 @@ def worker_count(client: Client | None) -> int:
     """Processes that share a machine's cores, for the number of network streams in each."""
     hosts = [worker["host"] for worker in _workers(client).values()] if client is not None else []
     return max((hosts.count(host) for host in hosts), default=1)
+
+
+def has_workers(client: Client | None) -> bool:
+    """Whether anybody could take a task, as far as one can tell."""
+    try:
+        return client is None or bool(_workers(client))
+    except (OSError, RuntimeError, AttributeError):  # the scheduler is gone, which the run itself will tell
+        return True
 
 
 def gpu_share(client: Client) -> dict[str, float]:
@@ -257,8 +265,12 @@ def _compare_versions(found: Mapping[str, Any]) -> None:
 
 
 def versions() -> tuple[tuple[str, str], ...]:
-    """What must be the same on all workers, here."""
-    return (("python", platform.python_version()), *((name, version(name)) for name in EXACT[1:]))
+    """What must be the same on all workers, here; "" for a package that is not installed."""
+    found = {"python": platform.python_version()}
+    for name in EXACT[1:]:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return tuple((name, found.get(name, "")) for name in EXACT)
 
 
 @lru_cache

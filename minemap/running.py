@@ -15,7 +15,7 @@ import numpy as np
 import xarray as xr
 from dask.highlevelgraph import HighLevelGraph
 
-from .cluster import TASK_THREADS, check_versions, gpu_share, lost_scheduler, versions
+from .cluster import TASK_THREADS, check_versions, gpu_share, has_workers, lost_scheduler, versions
 from .errors import ClusterError, ReadError
 from .grid import Grid
 from .scenes import Period
@@ -172,7 +172,7 @@ def _watched(
         while not over.wait(max(0.5, 20 * (time.monotonic() - start))):  # listing takes a twentieth of our time
             start = time.monotonic()
             look()
-            since = start if client is None or client.scheduler_info(n_workers=-1)["workers"] else since
+            since = start if has_workers(client) else since
             if start - since > ALONE:
                 log.warning("no worker is left: start some, or stop this run; what is finished stays")
                 since = start

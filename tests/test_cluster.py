@@ -37,7 +37,7 @@ from minemap.errors import CheckpointError, ClusterError, TooLittleMemoryError
 from minemap.inference import Runner, Settings
 from minemap.mapping import _job
 from minemap.planning import plan
-from minemap.running import STAGE, _place, graph
+from minemap.running import STAGE, _place, _watched, graph
 from minemap.store import Store
 
 HERE = {"python": "3.11.7.final.0", "minemap": "0.1.0", "torch": "2.15.0+cu132", "numpy": "2.4.1", "dask": "2026.8.0"}
@@ -105,6 +105,16 @@ def test_a_port_where_something_else_listens_is_told_in_time(small, options, ser
     address = serve(tmp_path).replace("http", "tcp")
     with pytest.raises(ClusterError, match=rf"no Dask scheduler answers at {address}: .*not its dashboard's"):
         map_area(small, "2023", tmp_path / "map.zarr", cluster=address, **options)
+
+
+def test_it_is_said_when_no_worker_is_left(monkeypatch, caplog):
+    monkeypatch.setattr("minemap.running.ALONE", 1)
+    nobody = LocalCluster(n_workers=0, dashboard_address=":0")
+    with nobody as made, Client(made) as client, _watched([], None, client, lambda *_: None):
+        deadline = time.monotonic() + 20
+        while "no worker is left" not in caplog.text and time.monotonic() < deadline:
+            time.sleep(0.2)
+    assert "no worker is left: start some" in caplog.text
 
 
 def test_workers_are_checked_when_they_work_too():
