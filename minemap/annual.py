@@ -25,9 +25,11 @@ from .scenes import FIRST_YEAR, LAST_YEAR, around
 from .sites import Site, bounds, read_sites
 from .store import Store
 from .uncertainty import AreaModel
+from .vectors import called
 from .zones import CONSISTENT
 
 if TYPE_CHECKING:
+    import geopandas
     import pandas as pd
     from distributed import Client
     from matplotlib.figure import Figure
@@ -44,7 +46,7 @@ def series(
     *,
     table: str | Path | None = None,
     chart: str | Path | None = None,
-    sites: str | Path | None = None,
+    sites: str | Path | geopandas.GeoDataFrame | None = None,
     buffer: float | None = None,
     threshold: float | None = None,
     consistency: str | None = None,
@@ -58,9 +60,9 @@ def series(
 
     bbox: west south east north in degrees; None for the box around `sites`, of which then only the super-tiles that
     meet a site are mapped. years: "2018-2024", "2018,2020", 2019, or numbers. table: a .csv or .parquet file to
-    write; chart: a .png (beside the table when None). sites: a vector file, a row each; None for the whole box.
-    buffer: metres around sites. threshold: 0-1, from which a pixel counts as mine, the model's own when None.
-    consistency: "hmm" for areas of `probability_consistent`, which it writes into the store. cluster, workers,
+    write; chart: a .png (beside the table when None). sites: a vector file or a GeoDataFrame, a row each; None for
+    the whole box. buffer: metres around sites. threshold: 0-1, from which a pixel counts as mine, the model's own
+    when None. consistency: "hmm" for areas of `probability_consistent`, which it writes into the store. cluster, workers,
     client, progress and options (fields of `Options`) as of `map_area`; extent is "zone" unless given, so that years
     and places can be added: what is there is never written again. A year without any scenes is a row without
     observations. Raises subclasses of MinemapError.
@@ -92,7 +94,7 @@ def plan_years(
     *,
     table: str | Path | None = None,
     chart: str | Path | None = None,
-    sites: str | Path | None = None,
+    sites: str | Path | geopandas.GeoDataFrame | None = None,
     buffer: float | None = None,
     threshold: float | None = None,
     consistency: str | None = None,
@@ -122,7 +124,7 @@ class _Job:
         *,
         table: str | Path | None = None,
         chart: str | Path | None = None,
-        sites: str | Path | None = None,
+        sites: str | Path | geopandas.GeoDataFrame | None = None,
         buffer: float | None = None,
         threshold: float | None = None,
         consistency: str | None = None,
@@ -139,7 +141,9 @@ class _Job:
         near = _union(places) if bbox is None and places else None
         box = check_bbox(bbox) if bbox is not None else bounds(places or [])
         if bbox is not None and places and not _union(places).intersects(around(box)):
-            raise InputError(f"sites {sites} and bbox {' '.join(f'{n:g}' for n in box)} have no place in common")
+            raise InputError(
+                f"{called(sites, 'sites')} and bbox {' '.join(f'{n:g}' for n in box)} have no place in common"
+            )
         written = file_to_write(table, TABLES, "table") if table is not None else None
         picture = (
             file_to_write(chart, (".png",), "chart") if chart is not None else written and written.with_suffix(".png")

@@ -29,6 +29,7 @@ from .vectors import AOI, inside_aoi
 from .zones import CONSISTENT
 
 if TYPE_CHECKING:
+    import geopandas
     import pandas as pd
 
 POOR = 0.8  # share of a site observed, below which a period is flagged: its areas are those of the part that was seen
@@ -38,7 +39,7 @@ LEVELS = 256  # values of a stored pixel
 def area_table(
     path: str | Path,
     *,
-    sites: str | Path | Sequence[Site] | None = None,
+    sites: str | Path | geopandas.GeoDataFrame | Sequence[Site] | None = None,
     bbox: BBox | None = None,
     buffer: float | None = None,
     threshold: float | None = None,
@@ -47,8 +48,8 @@ def area_table(
 ) -> pd.DataFrame:
     """A row for each site and period of a map, sorted by site (in the file's order) and time.
 
-    sites: a vector file or a list; bbox: one site, "bbox"; neither: one site, "map", all that was ever computed.
-    buffer: metres around the file's features, needed for points. threshold: 0-1, the model's own when None. years:
+    sites: a vector file, a GeoDataFrame or a list; bbox: one site, "bbox"; neither: one site, "map", all that was
+    ever computed. buffer: metres around the file's features, needed for points. threshold: 0-1, the model's own when None. years:
     whole calendar years (one that was never mapped is not observed), all periods when None. layer: "probability" or
     "probability_consistent".
 
@@ -74,12 +75,14 @@ def area_table(
     return _table(tallies, periods, mine_from(limit), model)
 
 
-def _sites(sites: str | Path | Sequence[Site] | None, bbox: BBox | None, buffer: float | None) -> list[Site]:
+def _sites(
+    sites: str | Path | geopandas.GeoDataFrame | Sequence[Site] | None, bbox: BBox | None, buffer: float | None
+) -> list[Site]:
     if sites is not None and bbox is not None:
         raise InputError("give sites or a bbox to tabulate, not both")
     if sites is None:
         return [Site("bbox", bbox=check_bbox(bbox)) if bbox is not None else Site("map")]
-    if isinstance(sites, (str, Path)):
+    if isinstance(sites, str | Path) or hasattr(sites, "geometry"):
         return read_sites(sites, buffer=buffer)
     names = [site.name for site in sites]
     if twice := sorted({name for name in names if names.count(name) > 1}):

@@ -12,7 +12,7 @@ import numpy as np
 
 from .errors import InputError
 from .grid import MAX_LATITUDE, BBox, Grid, check_bbox, grids
-from .vectors import in_zone, inside, read_shapes
+from .vectors import called, in_zone, inside, read_shapes
 
 if TYPE_CHECKING:
     import geopandas
@@ -61,8 +61,8 @@ def _parts(area: shapely.Geometry | None) -> list[shapely.Geometry]:
     return [part for part in getattr(area, "geoms", [area]) if part.area > 0]
 
 
-def read_sites(path: str | Path, *, buffer: float | None = None) -> list[Site]:
-    """The sites of a vector file (any that GDAL reads, or GeoParquet), in order of their first feature.
+def read_sites(path: str | Path | geopandas.GeoDataFrame, *, buffer: float | None = None) -> list[Site]:
+    """The sites of a vector file (any that GDAL reads, or GeoParquet) or a frame, in order of their first feature.
 
     Named by the column `site`, `name` or `id`, in any case ("unnamed 7" where the seventh has none), or by their row
     from 1; features of one name are one site. buffer: metres around each feature (on the ellipsoid); points and lines
@@ -72,14 +72,14 @@ def read_sites(path: str | Path, *, buffer: float | None = None) -> list[Site]:
 
     if buffer is not None and not 0 < buffer < 1e6:
         raise InputError(f"buffer is {buffer:g}: give metres, above 0 and below 1,000,000")
-    frame = read_shapes(path, "sites")
+    named, frame = called(path, "sites"), read_shapes(path, "sites")
     frame = frame.assign(_site=_names(frame))  # before rows without a place go: names count the file's rows
     frame = frame[~(frame.geometry.isna() | frame.geometry.is_empty)]
     if frame.empty:
-        raise InputError(f"sites {path} holds no places")
+        raise InputError(f"{named} holds no places")
     frame = frame.set_geometry(frame.geometry.make_valid())  # the parts of a bow tie may sum to no area
     if buffer is None and (shapely.area(frame.geometry.array) == 0).any():
-        raise InputError(f"sites {path} holds points or lines: give --buffer METRES to make areas of them")
+        raise InputError(f"{named} holds points or lines: give --buffer METRES to make areas of them")
     return [
         Site(str(name), area=shapely.union_all([_whole(shape, buffer) for shape in rows.geometry]))
         for name, rows in frame.groupby("_site", sort=False)

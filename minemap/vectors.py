@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -44,27 +44,40 @@ def polygonal(shape: shapely.Geometry) -> shapely.Geometry:
     return shapely.union_all([part for part in parts if part.geom_type == "Polygon"])
 
 
-def read_shapes(path: str | Path, role: str, layer: str | None = None) -> geopandas.GeoDataFrame:
-    """The features of a vector file (GeoParquet by its ending) in degrees. Raises InputError, which names `role`.
-
-    layer: of a file that has several.
+def read_shapes(
+    path: str | Path | geopandas.GeoDataFrame, role: str, layer: str | None = None
+) -> geopandas.GeoDataFrame:
+    """The features of a vector file (GeoParquet by its ending) or of a GeoDataFrame, in degrees. Raises InputError,
+    which names `role`. layer: of a file that has several.
     """
     import geopandas
     import shapely
+
+    named = called(path, role)
+    frame = path if isinstance(path, geopandas.GeoDataFrame) else _read_file(path, named, layer)
+    if not isinstance(frame, geopandas.GeoDataFrame):
+        raise InputError(f"{named} holds no geometries: give a vector file, such as GeoJSON or GeoPackage")
+    if not np.isfinite(shapely.get_coordinates(frame.geometry)).all():
+        raise InputError(f"{named} has coordinates that are no numbers: mend or leave out those features")
+    if frame.crs is None:
+        raise InputError(f"{named} has no coordinate reference system: set one there")
+    return frame.set_geometry(_in_degrees(frame.geometry))
+
+
+def called(source: Any, role: str) -> str:
+    """What messages call a vector file, or a frame in its place."""
+    return f"{role} {source}" if isinstance(source, str | Path) else f"the frame of {role}"
+
+
+def _read_file(path: str | Path, named: str, layer: str | None) -> Any:
+    import geopandas
     from pyogrio.errors import DataLayerError, DataSourceError
 
     read = geopandas.read_parquet if Path(path).suffix.lower() == ".parquet" else geopandas.read_file
     try:
-        frame = read(path, **({"layer": layer} if layer else {}))
+        return read(path, **({"layer": layer} if layer else {}))
     except (DataSourceError, DataLayerError, OSError, ValueError) as error:
-        raise InputError(f"{role} {path} can't be read as a vector file: {str(error).splitlines()[0]}") from error
-    if not isinstance(frame, geopandas.GeoDataFrame):
-        raise InputError(f"{role} {path} holds no geometries: give a vector file, such as GeoJSON or GeoPackage")
-    if not np.isfinite(shapely.get_coordinates(frame.geometry)).all():
-        raise InputError(f"{role} {path} has coordinates that are no numbers: mend or leave out those features")
-    if frame.crs is None:
-        raise InputError(f"{role} {path} has no coordinate reference system: set one in the file")
-    return frame.set_geometry(_in_degrees(frame.geometry))
+        raise InputError(f"{named} can't be read as a vector file: {str(error).splitlines()[0]}") from error
 
 
 def _in_degrees(shapes: geopandas.GeoSeries) -> geopandas.GeoSeries:

@@ -204,6 +204,19 @@ def test_sites_without_a_name_stay_apart(tmp_path, names):
     assert [round(site.area.centroid.x) for site in found] == [0, 1, 2]
 
 
+def test_sites_of_a_frame_are_those_of_its_file(made, tmp_path):
+    frame = geopandas.GeoDataFrame({"name": ["a", "b"]}, geometry=[box(*BOX), Point(-63.0, 6.22)], crs=4326)
+    frame.to_file(tmp_path / "sites.geojson")
+    table = area_table(made, sites=frame.to_crs(32620), buffer=500)
+    expected = area_table(made, sites=tmp_path / "sites.geojson", buffer=500)
+    assert table["site"].tolist() == expected["site"].tolist()
+    np.testing.assert_allclose(table["mapped_area_km2"], expected["mapped_area_km2"], rtol=1e-3)
+    with pytest.raises(InputError, match="the frame of sites holds points or lines"):
+        area_table(made, sites=frame)
+    with pytest.raises(InputError, match="the frame of sites has no coordinate reference system"):
+        area_table(made, sites=frame.set_crs(None, allow_override=True))
+
+
 @pytest.mark.parametrize("column", ["name", "other"])
 def test_sites_are_numbered_by_the_rows_of_the_file(tmp_path, column):
     shapes = [None, Polygon(), Point(2, 5).buffer(0.01)]
