@@ -62,8 +62,8 @@ def series(
     meet a site are mapped. years: "2018-2024", "2018,2020", 2019, or numbers. table: a .csv or .parquet file to
     write; chart: a .png (beside the table when None). sites: a vector file or a GeoDataFrame, a row each; None for
     the whole box. buffer: metres around sites. threshold: 0-1, from which a pixel counts as mine, the model's own
-    when None. consistency: "hmm" for areas of `probability_consistent`, which it writes into the store. cluster, workers,
-    client, progress and options (fields of `Options`) as of `map_area`; extent is "zone" unless given, so that years
+    when None. consistency: "hmm" for areas of `probability_consistent`, which it writes into the store. cluster,
+    workers, client, progress and options (fields of `Options`) as of `map_area`; extent is "zone" unless given, so that years
     and places can be added: what is there is never written again. A year without any scenes is a row without
     observations. Raises subclasses of MinemapError.
     """
@@ -141,9 +141,8 @@ class _Job:
         near = _union(places) if bbox is None and places else None
         box = check_bbox(bbox) if bbox is not None else bounds(places or [])
         if bbox is not None and places and not _union(places).intersects(around(box)):
-            raise InputError(
-                f"{called(sites, 'sites')} and bbox {' '.join(f'{n:g}' for n in box)} have no place in common"
-            )
+            asked = " ".join(f"{n:g}" for n in box)
+            raise InputError(f"{called(sites, 'sites')} and bbox {asked} have no place in common")
         written = file_to_write(table, TABLES, "table") if table is not None else None
         picture = (
             file_to_write(chart, (".png",), "chart") if chart is not None else written and written.with_suffix(".png")

@@ -49,9 +49,9 @@ def area_table(
     """A row for each site and period of a map, sorted by site (in the file's order) and time.
 
     sites: a vector file, a GeoDataFrame or a list; bbox: one site, "bbox"; neither: one site, "map", all that was
-    ever computed. buffer: metres around the file's features, needed for points. threshold: 0-1, the model's own when None. years:
-    whole calendar years (one that was never mapped is not observed), all periods when None. layer: "probability" or
-    "probability_consistent".
+    ever computed. buffer: metres around the file's features, needed for points. threshold: 0-1, the model's own when
+    None. years: whole calendar years (one that was never mapped is not observed), all periods when None. layer:
+    "probability" or "probability_consistent".
 
     Columns: site; year, of the period's first day; mapped_area_km2, pixels from the threshold on; area_km2,
     area_km2_lower, area_km2_upper, the estimate and its 90 % bounds (NaN where the model knows no errors);
