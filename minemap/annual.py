@@ -63,9 +63,9 @@ def series(
     write; chart: a .png (beside the table when None). sites: a vector file or a GeoDataFrame, a row each; None for
     the whole box. buffer: metres around sites. threshold: 0-1, from which a pixel counts as mine, the model's own
     when None. consistency: "hmm" for areas of `probability_consistent`, which it writes into the store. cluster,
-    workers, client, progress and options (fields of `Options`) as of `map_area`; extent is "zone" unless given, so that years
-    and places can be added: what is there is never written again. A year without any scenes is a row without
-    observations. Raises subclasses of MinemapError.
+    workers, client, progress and options (fields of `Options`) as of `map_area`; extent is "zone" unless given, so
+    that years and places can be added: what is there is never written again. A year without any scenes is a row
+    without observations. Raises subclasses of MinemapError.
     """
     files = {"table": table, "chart": chart, "sites": sites}
     job = _Job.of(bbox, years, **files, buffer=buffer, threshold=threshold, consistency=consistency)
