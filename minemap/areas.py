@@ -82,7 +82,7 @@ def _sites(
         raise InputError("give sites or a bbox to tabulate, not both")
     if sites is None:
         return [Site("bbox", bbox=check_bbox(bbox)) if bbox is not None else Site("map")]
-    if isinstance(sites, str | Path) or hasattr(sites, "geometry"):
+    if not isinstance(sites, list | tuple):
         return read_sites(sites, buffer=buffer)
     names = [site.name for site in sites]
     if twice := sorted({name for name in names if names.count(name) > 1}):

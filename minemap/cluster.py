@@ -62,8 +62,8 @@ def connect(cluster: str | None, workers: int | None = None) -> Iterator[Client 
         with ThreadPoolExecutor(1) as pool:  # a notebook's own thread runs an event loop already
             pool.submit(asyncio.run, _greet(cluster)).result()
         client = Client(cluster, timeout="10s")
-    except (OSError, ValueError, TypeError, TimeoutError) as error:
-        told = "start one, or check the address (not its dashboard's)"
+    except (OSError, ValueError, TypeError, TimeoutError, MemoryError) as error:
+        told = "start one, or check the address (not its dashboard's) and Dask's TLS settings"
         raise ClusterError(f"no Dask scheduler answers at {cluster}: {told}") from error
     with client, _quiet_end():
         if client.scheduler_info()["services"].get("dashboard"):
@@ -72,10 +72,15 @@ def connect(cluster: str | None, workers: int | None = None) -> Iterator[Client 
 
 
 async def _greet(address: str) -> None:
-    """Raises OSError or TimeoutError unless Dask answers there; a Client waits for ever for what isn't Dask."""
-    from distributed.comm import connect
+    """Raises OSError, TimeoutError, or MemoryError (another's words read as a length) unless Dask answers there.
 
-    comm = await asyncio.wait_for(connect(address, timeout=GREETING), GREETING + 1)
+    A Client waits for ever for what isn't Dask.
+    """
+    from distributed.comm import connect
+    from distributed.security import Security
+
+    told = Security().get_connection_args("client") if address.startswith("tls:") else {}
+    comm = await asyncio.wait_for(connect(address, timeout=GREETING, **told), GREETING + 1)
     await comm.close()
 
 
@@ -324,7 +329,7 @@ def _first(trouble: Mapping[str, str]) -> str:
 
 
 def _check_failures(client: Client) -> None:
-    def allowed(dask_scheduler: Any) -> int:  # within a function, so that the scheduler needs no minemap
+    def allowed(dask_scheduler: Any) -> int:
         return dask_scheduler.allowed_failures
 
     with suppress(ValueError):  # a scheduler that runs no foreign code

@@ -61,8 +61,8 @@ def load_cube(
     at the pixels too: where they contradict it, give `scalings`, by id).
     reader: "stackstac" or "odc". chunk: dask chunk side in pixels. Raises InputError.
     """
-    if isinstance(bands, str) or (unknown := sorted(set(bands) - set(BANDS))):
-        given = bands if isinstance(bands, str) else unknown[0]
+    if isinstance(bands, str) or not bands or (unknown := sorted(set(bands) - set(BANDS))):
+        given = bands if isinstance(bands, str) or not bands else unknown[0]
         raise InputError(f"bands: {given!r} is not a list of {', '.join(BANDS)}")
     how: dict[str, Any] = {"reader": reader, "chunks": (chunk, chunk), "access": access, "scalings": scalings}
     layers = load_layers(_as_json(items), grid, bands=tuple(bands), **how)
@@ -119,9 +119,18 @@ def load_layers(
 
 
 def _as_json(items: Iterable[Item | pystac.Item]) -> list[Item]:
-    if isinstance(items, str | dict):
+    if isinstance(items, str | dict) or not isinstance(items, Iterable):
         raise InputError(f"items is a {type(items).__name__}: give a list of STAC items, as search returns")
-    return [item if isinstance(item, dict) else item.to_dict(transform_hrefs=False) for item in items]
+    return [item if isinstance(item, dict) else _plain_json(item) for item in items]
+
+
+def _plain_json(item: pystac.Item) -> Item:
+    if not hasattr(item, "to_dict"):
+        raise InputError(f"items hold a {type(item).__name__}: give STAC items, as search returns or pystac's")
+    made = item.clone()
+    if made.get_self_href():
+        made.make_asset_hrefs_absolute()
+    return made.to_dict(transform_hrefs=False)
 
 
 def _in_order(items: list[Item]) -> list[Item]:

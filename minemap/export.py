@@ -119,9 +119,10 @@ def _export_raster(path: str | Path, out: Path, date: str | None, threshold: flo
 
 
 def _export_change(path: str | Path, out: Path, zone: str | None) -> Path:
-    data, about = open_map(path, zone), Store.opened(path).attributes()
-    if not data.sizes["y"]:
+    store = Store.opened(path)
+    if not any(store.done(group) for group in store.groups()):
         raise InputError(f"{path} has nothing compared yet")
+    data, about = open_map(path, zone), store.attributes()
     told = {name: str(about["parameters"][name]) for name in ("before", "after", "method", "threshold")}
     with drafted(out) as draft:
         _write_tif(data["change"], draft, lambda part: part.values, CHANGE_COLOURS, {**_software(about), **told})
@@ -214,7 +215,10 @@ def _stored(layer: xr.DataArray) -> np.ndarray:
 def write_cog(data: xr.Dataset, out: Path, *, threshold: float | None, store: Store) -> None:
     """A cloud-optimised GeoTIFF, uint8, nodata 255: per cent, or classes with a colour table."""
     colours = None if threshold is None else {0: (235, 235, 225, 255), 1: (*MINE_COLOUR, 255), **CLEAR}
-    encode = lambda part: classes(_stored(part), threshold)  # noqa: E731
+
+    def encode(part: xr.DataArray) -> np.ndarray:
+        return classes(_stored(part), threshold)
+
     _write_tif(data["probability"], out, encode, colours, _tags(store, data))
 
 

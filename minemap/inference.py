@@ -11,11 +11,13 @@ import ctypes
 import os
 import platform
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -236,10 +238,14 @@ class Runner:
         self.batch = BATCH[self.device]
         self.network = for_inference(checkpoint.network()).to(self.device).to(memory_format=torch.channels_last)
         self.forward: Any = self.network.both_ways if self.recipe.dates == 2 else self.network
+        threads = settings.streams if self.device == "cpu" else max(settings.streams, ON_GPU)
+        self.pool = ThreadPoolExecutor(threads, "network", torch.set_num_threads, (1,))
+        # Who computes takes a turn: on a GPU a stream, so that the copies of one batch overlap the work of another
+        self.turns: SimpleQueue[Any] = SimpleQueue()
+        for _ in range(threads if self.device == "cpu" else ON_GPU):
+            self.turns.put(None if self.device == "cpu" else torch.cuda.Stream())
         if self.device == "cuda":
-            torch.cuda.synchronize()  # the streams of the pool don't wait for what ours has begun
-        self.room = threading.Semaphore(settings.streams if self.device == "cpu" else ON_GPU)
-        self.pool = ThreadPoolExecutor(settings.streams, "network", _prepare_thread, (self.device,))
+            torch.cuda.synchronize()  # these streams don't wait for what the usual one has begun
 
     def __call__(self, windows: np.ndarray) -> np.ndarray:
         """Answers for one batch. Where memory runs out the batch is halved, and stays so."""
@@ -269,23 +275,25 @@ class Runner:
         dates = windows.reshape(len(windows), self.recipe.dates, -1, *windows.shape[2:])
         scaled = self.recipe.normalise(dates).reshape(len(windows), -1, *windows.shape[2:])
         bf16 = self.settings.precision == "bf16"
-        with self.room, torch.inference_mode(), torch.autocast(self.device, torch.bfloat16, enabled=bf16):
-            x = torch.from_numpy(scaled).to(self.device)
-            logits = self.forward(x.contiguous(memory_format=torch.channels_last))
-            chance = torch.sigmoid(logits.float()).cpu().numpy()
+        with self._turn(), torch.inference_mode(), torch.autocast(self.device, torch.bfloat16, enabled=bf16):
+            x = torch.from_numpy(scaled).to(self.device).contiguous(memory_format=torch.channels_last)
+            chance = torch.sigmoid(self.forward(x).float()).cpu().numpy()
+            del x
         if self.recipe.dates > 1:
             return signed(chance)
         resolution = self.settings.resolution or self.recipe.resolution
         return settle_open_water(windows, chance[:, 0], bands=self.recipe.bands, resolution=resolution)
 
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        import torch
 
-def _prepare_thread(device: str) -> None:
-    """One thread for torch in each of ours; on a GPU a stream of its own, so that copies and work overlap."""
-    import torch
-
-    torch.set_num_threads(1)
-    if device == "cuda":
-        torch.cuda.set_stream(torch.cuda.Stream())
+        stream = self.turns.get()
+        try:
+            with nullcontext() if stream is None else torch.cuda.stream(stream):
+                yield
+        finally:
+            self.turns.put(stream)
 
 
 def signed(chance: np.ndarray) -> np.ndarray:

@@ -167,9 +167,10 @@ def _pictures(zones: dict[str, xr.Dataset], periods: list[Period], frame: Frame)
     """The composite of each period as a data URI, transparent where nothing was observed, and metres a pixel."""
     finest = min(_resolution(data, _source(data)) for data in zones.values())
     side = PICTURE_SIDE
+    seen = {(group, period): _observed(data, period) for group, data in zones.items() for period in periods}
     while True:
         resolution = max(finest, max(frame.size) / side)
-        made = [_webp(_picture(zones, period, frame, resolution)) for period in periods]
+        made = [_webp(_picture(zones, period, frame, resolution, seen)) for period in periods]
         if sum(map(len, made)) <= PICTURE_BYTES or side < 200:
             links = ["data:image/webp;base64," + base64.b64encode(one).decode() for one in made]
             return {"pictures": links, "picture_metres": round(resolution, 1)}
@@ -186,8 +187,23 @@ def _resolution(data: xr.Dataset, name: str) -> float:
     return float(data["x"][1] - data["x"][0]) * (1 if name == "composite" else QUICKLOOK)
 
 
-def _picture(zones: dict[str, xr.Dataset], period: Period, frame: Frame, resolution: float) -> np.ndarray:
-    """Red, green, blue, alpha of one period over all zones, uint8 (y, x, 4)."""
+def _observed(data: xr.Dataset, period: Period) -> np.ndarray:
+    """Which pixels of a zone's quicklook were observed, at least half of each: bool (y80, x80)."""
+    at = period_index(data, period)
+    if at is None or _source(data) == "composite":
+        return np.zeros((0, 0), bool)
+    known = data["probability"].isel(time=at).notnull()
+    return known.coarsen(y=QUICKLOOK, x=QUICKLOOK).mean().values >= 0.5
+
+
+def _picture(
+    zones: dict[str, xr.Dataset],
+    period: Period,
+    frame: Frame,
+    resolution: float,
+    seen: dict[tuple[str, Period], np.ndarray],
+) -> np.ndarray:
+    """Red, green, blue, alpha of one period over all zones, uint8 (y, x, 4). seen: of quicklooks, by zone."""
     from rasterio.warp import Resampling, reproject
 
     transform, shape = frame.grid(resolution)
@@ -196,7 +212,7 @@ def _picture(zones: dict[str, xr.Dataset], period: Period, frame: Frame, resolut
         at = period_index(data, period)
         if at is None:
             continue
-        colours, own = _colours(data.isel(time=at), resolution)
+        colours, own = _colours(data.isel(time=at), resolution, seen[group, period])
         layer = np.zeros_like(out)
         where = {"src_crs": CRS.from_epsg(int(group[3:])).to_wkt(), "dst_crs": frame.crs.to_wkt()}
         reproject(colours, layer, src_transform=own, dst_transform=transform, resampling=Resampling.nearest, **where)
@@ -204,7 +220,7 @@ def _picture(zones: dict[str, xr.Dataset], period: Period, frame: Frame, resolut
     return out.transpose(1, 2, 0)
 
 
-def _colours(data: xr.Dataset, resolution: float) -> tuple[np.ndarray, Affine]:
+def _colours(data: xr.Dataset, resolution: float, observed: np.ndarray) -> tuple[np.ndarray, Affine]:
     """Colours with alpha, uint8 (4, y, x), thinned to about `resolution`, and their transform."""
     name = _source(data)
     step = max(1, int(resolution / _resolution(data, name)))
@@ -214,9 +230,7 @@ def _colours(data: xr.Dataset, resolution: float) -> tuple[np.ndarray, Affine]:
         bright = np.clip(thin.sel(band=["red", "green", "blue"]).values / WHITE, 0, 1) ** 0.7 * 255
         seen, rgb = np.all(np.isfinite(bright), axis=0), np.rint(np.nan_to_num(bright)).astype(np.uint8)
     else:
-        rgb, every = thin.values, slice(None, None, step)
-        observed = data["probability"].notnull().coarsen(y=QUICKLOOK, x=QUICKLOOK).mean()
-        seen = observed.isel(y=every, x=every).values >= 0.5
+        rgb, seen = thin.values, observed[::step, ::step]
     pixel = _resolution(data, name) * step
     own = Affine(pixel, 0, float(thin[x][0]) - pixel / 2, 0, -pixel, float(thin[y][0]) + pixel / 2)
     return np.concatenate([rgb, np.where(seen, 255, 0)[None].astype(np.uint8)]), own

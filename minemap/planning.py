@@ -78,7 +78,7 @@ class Options:
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name} is {getattr(self, name)!r}: give one of {', '.join(map(str, allowed))}")
         for name in ("exclude", "masked"):
-            if isinstance(values := getattr(self, name), str):
+            if not isinstance(values := getattr(self, name), list | tuple | set | frozenset):
                 raise InputError(f"{name} is {values!r}: give a tuple, of ids or of SCL classes")
             plain = tuple(int(value) if isinstance(value, Integral) else value for value in values)
             object.__setattr__(self, name, plain)

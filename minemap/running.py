@@ -156,7 +156,7 @@ def _watched(
 ) -> Iterator[None]:
     """Calls `progress` as records appear in the ledger, which is the same for any kind of cluster; says so when all
     workers have been away for a while."""
-    if progress is None:
+    if progress is None and client is None:
         yield
         return
     over = threading.Event()
@@ -164,8 +164,9 @@ def _watched(
     folders = {path.parent for path in wanted}
 
     def look() -> None:
-        done = {path for folder in folders if folder.exists() for path in folder.iterdir()}
-        progress(len(wanted & done), len(wanted))
+        if progress is not None:
+            done = {path for folder in folders if folder.exists() for path in folder.iterdir()}
+            progress(len(wanted & done), len(wanted))
 
     def watch() -> None:
         start = since = time.monotonic()
@@ -183,5 +184,5 @@ def _watched(
         yield
     finally:
         over.set()
-        thread.join()
+        thread.join(timeout=5)  # it may be asking a scheduler that no longer answers
     look()

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
+from math import isfinite
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,7 @@ def _span(part: str, whole: str) -> tuple[date, date]:
 
 def parse_months(given: str | int | Sequence[int] | None) -> tuple[int, ...]:
     """ "6-9", "11-2" (over the new year), "1,6,7", a number or numbers, as month numbers; () for all."""
-    text = given if isinstance(given, str) else ",".join(map(str, given)) if isinstance(given, Sequence) else given
+    text = given if isinstance(given, str) or not isinstance(given, Iterable) else ",".join(map(str, given))
     if text in (None, ""):
         return ()
     months: list[int] = []
@@ -181,7 +182,8 @@ def search(
     """
     if isinstance(exclude, str):
         raise InputError(f"exclude is {exclude!r}: give a tuple of ids")
-    if len(bbox) != 4 or not all(isinstance(n, Real) for n in bbox) or bbox[1] > bbox[3]:
+    numbers = bbox is not None and len(bbox) == 4 and all(isinstance(n, Real) and isfinite(n) for n in bbox)
+    if not numbers or bbox[1] > bbox[3]:
         raise InputError(f"bbox {bbox} is not four degrees: west south east north")
     if not isinstance(max_cloud, Real):
         raise InputError(f"max_cloud is {max_cloud!r}: it is a percentage, 0 to 100")

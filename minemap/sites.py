@@ -88,7 +88,8 @@ def read_sites(path: str | Path | geopandas.GeoDataFrame, *, buffer: float | Non
 
 def _names(frame: geopandas.GeoDataFrame) -> np.ndarray:
     """The site of each feature."""
-    spelled = {str(column).lower(): column for column in reversed(frame.columns)}
+    columns = [column for column in reversed(frame.columns) if column != frame.active_geometry_name]
+    spelled = {str(column).lower(): column for column in columns}
     column = next((spelled[name] for name in NAMES if name in spelled), None)
     rows = np.arange(1, len(frame) + 1).astype(str)
     names = _text(frame[column]) if column else rows

@@ -1,7 +1,7 @@
 """The Zarr v3 store of a map: writes of whole shards, the ledger, the frozen scenes, and reading it back.
 
     map.zarr/utm32720/...    a group a zone, see zones.py
-    map.zarr.meta/{items.json, items/, cells/, ledger/, offsets/, lock, making}
+    map.zarr.meta/{items.json, items/, cells/, ledger/, offsets/, failed/, lock, making, run}
 
 A super-tile is one shard, written by one task: data first, then its record in the ledger. What has no record was
 never finished, whatever the arrays hold. The store is made in a temporary folder and renamed, so it is whole or not
@@ -40,7 +40,8 @@ from .zones import CHANGE_LAYERS, CONSISTENT, QUICKLOOK
 
 VERSION = 1  # of the layout
 MAKING = "making"  # file in the meta folder: a name that no other making of a store has
-RUN = "run"  # the same for the run that wrote last
+RUN = "run"  # the same for the run that took the lock last
+KINDS = ("map", "change")
 LAYERS = ("probability", CONSISTENT, "observations", "quicklook", "composite")
 
 
@@ -79,7 +80,9 @@ class Store:
     def opened(path: str | Path) -> Store:
         """A store that is there, of whichever kind. Raises StoreError."""
         store = Store.at(path)
-        kind = "change" if store._attributes().get("minemap:kind") == "change" else "map"
+        kind = store._attributes().get("minemap:kind", "map")
+        if kind not in KINDS:
+            raise StoreError(f"{store.path} is a store of kind {kind!r}, which this minemap doesn't know")
         return replace(store, kind=kind)
 
     @property
@@ -342,6 +345,7 @@ class Store:
 
     def keep_failure(self, tile: Grid, period: Period, text: str) -> None:
         """Why a super-tile could not be made, until the next run over the store begins."""
+        self._check_run()
         write_atomically(self._failure_path(tile, period), text)
 
     def _failure_path(self, tile: Grid, period: Period) -> Path:
@@ -367,7 +371,8 @@ class Store:
 
     def read_cell(self, group: str, cell: tuple[int, int], period: Period) -> list[list[str]] | None:
         """The choice for a cell; None where there is none, or it is damaged and must be made again."""
-        return read_json(self.cell_path(group, cell, period))
+        found = read_json(self.cell_path(group, cell, period))
+        return found if isinstance(found, list) and all(isinstance(ids, list) for ids in found) else None
 
     def scenes_of(self, group: str, cell: tuple[int, int], period: Period) -> str:
         """What tells the frozen choice of a cell from any other; "" where there is none."""
@@ -400,7 +405,7 @@ class Store:
 
 def _record(path: Path) -> dict[str, Any] | None:
     found = read_json(path)
-    return found if isinstance(found, dict) else None
+    return found if isinstance(found, dict) and len(found.get("windows") or ()) == 4 else None
 
 
 def _item(path: Path) -> Item | None:

@@ -54,8 +54,10 @@ def read_shapes(
     import shapely
 
     named = called(path, role)
+    if not isinstance(path, str | Path | geopandas.GeoDataFrame):
+        raise InputError(f"{role} is a {type(path).__name__}: give a vector file's path, or a GeoDataFrame")
     frame = path if isinstance(path, geopandas.GeoDataFrame) else _read_file(path, named, layer)
-    if not isinstance(frame, geopandas.GeoDataFrame):
+    if not isinstance(frame, geopandas.GeoDataFrame) or frame.active_geometry_name is None:
         raise InputError(f"{named} holds no geometries: give a vector file, such as GeoJSON or GeoPackage")
     if not np.isfinite(shapely.get_coordinates(frame.geometry)).all():
         raise InputError(f"{named} has coordinates that are no numbers: mend or leave out those features")

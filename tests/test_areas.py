@@ -8,6 +8,7 @@ from dataclasses import asdict
 
 import geopandas
 import numpy as np
+import pandas as pd
 import pytest
 from pyproj import Geod
 from shapely.geometry import MultiPoint, MultiPolygon, Point, Polygon, box
@@ -213,6 +214,9 @@ def test_sites_of_a_frame_are_those_of_its_file(made, tmp_path):
     np.testing.assert_allclose(table["mapped_area_km2"], expected["mapped_area_km2"], rtol=1e-3)
     with pytest.raises(InputError, match="the frame of sites holds points or lines"):
         area_table(made, sites=frame)
+    for wrong in (frame.geometry, pd.DataFrame(frame)):
+        with pytest.raises(InputError, match=r"sites is a (GeoSeries|DataFrame): give a vector file's path"):
+            area_table(made, sites=wrong)
     with pytest.raises(InputError, match="the frame of sites has no coordinate reference system"):
         area_table(made, sites=frame.set_crs(None, allow_override=True))
 

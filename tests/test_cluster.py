@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -105,6 +106,23 @@ def test_a_port_where_something_else_listens_is_told_in_time(small, options, ser
     address = serve(tmp_path).replace("http", "tcp")
     with pytest.raises(ClusterError, match=rf"no Dask scheduler answers at {address}: .*not its dashboard's"):
         map_area(small, "2023", tmp_path / "map.zarr", cluster=address, **options)
+
+
+def test_a_port_where_another_speaks_first_is_told(small, options, tmp_path, monkeypatch):
+    """Its words would be read as the length of a message."""
+    monkeypatch.setattr("minemap.cluster.GREETING", 3)
+
+    def greet(server):
+        with server.accept()[0] as guest:
+            guest.sendall(b"SSH-2.0-other\r\n" * 4)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        talk = threading.Thread(target=greet, args=(server,))
+        talk.start()
+        address = f"tcp://127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(ClusterError, match="no Dask scheduler answers at tcp://"):
+            map_area(small, "2023", tmp_path / "m.zarr", cluster=address, **options)
+        talk.join()
 
 
 def test_it_is_said_when_no_worker_is_left(monkeypatch, caplog):

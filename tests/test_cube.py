@@ -435,6 +435,7 @@ def test_items_of_any_make(items, grid):
     whole = load_cube(items, grid)
     made = load_cube((pystac.Item.from_dict(item) for item in items), grid)
     assert made["id"].values.tolist() == whole["id"].values.tolist() != []
+    np.testing.assert_array_equal(made[:1], whole[:1])
     assert not any(isinstance(value, dict) for value in whole.attrs.values())  # netCDF has none
     assert load_cube([], grid).sizes["time"] == 0
     for wrong in (items[0], {"type": "FeatureCollection", "features": items}):

@@ -554,6 +554,7 @@ def test_a_choice_that_another_run_made_meanwhile_stays(inner, options, tmp_path
     out = tmp_path / "map.zarr"
     late = plan(inner, "2023", out, **options)
     few = replace(late, cells={cell: chosen[:1] for cell, chosen in late.cells.items()})
+    assert few.cells != late.cells
     map_area(inner, "2023", out, **options)
     before = {path: path.read_bytes() for path in (Store(out).meta / "cells").rglob("*.json")}
     mapping._prepare(few, Store.at(out))
@@ -569,7 +570,9 @@ def test_damaged_files_beside_a_map_are_made_again_or_named(inner, options, tmp_
         for path in paths:
             path.write_text(text)
         assert paths and describe(out)
-        assert map_area(inner, "2023", out, **options)["super_tiles_done"] > 0
+        made = map_area(inner, "2023", out, **options)
+        assert made["super_tiles_done"] == made["super_tiles"]
+        assert bool(made["super_tiles_computed"]) == (folder == "ledger")
     damaged = next((meta / "items").glob("*.json.gz"))
     damaged.write_bytes(b"")
     next((meta / "ledger").rglob("*.json")).unlink()

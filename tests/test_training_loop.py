@@ -63,10 +63,12 @@ def teacher(chips: str, tmp_path_factory: pytest.TempPathFactory) -> str:
         ("holdout_fold", 5),
         ("dice", -1.0),
         ("blend", 2.0),
+        ("replay", 1.5),
+        ("attention", -1.0),
     ],
 )
 def test_values_out_of_range(key: str, value: float) -> None:
-    with pytest.raises(InputError, match=f"training option {key}=.*: "):
+    with pytest.raises(InputError, match=rf"training option {key}=.*: (it is|with holdout|give)"):
         make_config({"out": "x", key: value})
 
 

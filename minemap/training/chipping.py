@@ -37,7 +37,7 @@ from zarr.codecs import ZstdCodec
 
 from minemap import __version__
 from minemap.errors import InputError, NoItemsError, StoreError
-from minemap.files import read_json, write_atomically
+from minemap.files import check_outside, read_json, write_atomically
 from minemap.grid import CHUNK, BBox, Grid, cell_grid, continuous_lonlat, grids, zone_epsg
 from minemap.planning import Options
 from minemap.reader import Access
@@ -302,6 +302,7 @@ def _target(out: str | Path, *, overwrite: bool) -> Store:
     target = Store.at(out)
     if target.path.suffix not in (".zarr", ".npz"):
         raise InputError(f"output {target.path.name!r}: chips go to a name that ends in .zarr or .npz")
+    check_outside(target.path)
     if target.exists() and not overwrite:
         raise StoreError(f"{target.path} exists: choose another output, or give --overwrite")
     if target.path.exists() and not is_chips(target.path):

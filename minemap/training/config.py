@@ -118,18 +118,20 @@ class TrainConfig:
         for key, kind in option_types().items():
             if not _is(value := getattr(self, key), kind):
                 raise InputError(f"training option {key}={value!r} is no {getattr(kind, '__name__', kind)}")
-        for name, (holds, rule) in self._rules().items():
-            if not holds:
-                raise InputError(f"training option {name}={getattr(self, name)!r}: {rule}")
+        for rules in (self._own_rules(), self._rules()):
+            for name, (holds, rule) in rules.items():
+                if not holds:
+                    raise InputError(f"training option {name}={getattr(self, name)!r}: {rule}")
+
+    def _own_rules(self) -> dict[str, tuple[bool, str]]:
+        """Option -> whether its number is one that it may have, and which these are."""
+        chances = {name: (0 <= getattr(self, name) <= 1, "it is a chance or share, 0 to 1") for name in CHANCES}
+        return chances | {name: (getattr(self, name) >= 0, "it is 0 or more") for name in WEIGHTS}
 
     def _rules(self) -> dict[str, tuple[bool, str]]:
         """Option -> whether its value does, by itself and with the others, and the rule in words."""
-        chances = {name: (0 <= getattr(self, name) <= 1, "it is a chance or share, 0 to 1") for name in CHANCES}
-        weights = {name: (getattr(self, name) >= 0, "it is 0 or more") for name in WEIGHTS}
         scenes = [size for size in self.sizes if size >= self.scene]
         return {
-            **chances,
-            **weights,
             "rows": _one_of(self.rows, ("all", "fine", "rest")),
             "coarse": _one_of(self.coarse, ("none", "fitted", "blobs")),
             "selection": _one_of(self.selection, SELECTIONS),
@@ -159,20 +161,20 @@ class TrainConfig:
                 f"sides of windows are multiples of {STRIDE}, the networks' stride",
             ),
             "scatter_cell": (
-                self.scatter_cell >= 0 and not any(size % self.cells(size) for size in scenes),
+                not any(size % self.cells(size) for size in scenes),
                 "a whole number of such cells must fill the windows",
             ),
-            "replay": (0 <= self.replay <= 1 and (not self.replay or self.rows == "fine"), "it needs rows=fine"),
+            "replay": (not self.replay or self.rows == "fine", "it needs rows=fine"),
             "derived": (
                 all(set(DERIVED.get(name, "?")) <= set(self.bands) for name in self.derived),
                 f"known are {', '.join(DERIVED)}, of bands that are read",
             ),
             "attention": (
-                self.attention >= 0 and (not self.attention or not self.architecture.startswith("mine")),
+                not self.attention or not self.architecture.startswith("mine"),
                 "LwM's is of baselines",
             ),
             "blend": (
-                0 <= self.blend <= 1 and not (self.blend and self.architecture == "minenetcd"),
+                not (self.blend and self.architecture == "minenetcd"),
                 "it would mix a pair's two orders",
             ),
         }

@@ -169,14 +169,14 @@ def run_one(chips: str, out: Path, *, draw: int, method: str, coarse: str, devic
     """
     from minemap.training.loop import load_sets, train
 
-    every = load_chips(chips)
-    values = base(every) | METHODS[method] | {"data": [chips], "out": str(out / f"{method}-{draw}"), "device": device}
+    values = base(load_chips(chips)) | METHODS[method]
+    values |= {"data": [chips], "out": str(out / f"{method}-{draw}"), "device": device}
     values |= {"seed": draw, "fine_seed": draw, "coarse": coarse if method == TEACHER else "none"}
     if has_teacher(method):
         values["teacher"] = str(out / f"{TEACHER}-{draw}" / "model")
     config = make_config(values)
     checkpoint = train(config)
-    val = every.split("val").decided()
+    val = load_chips(chips).split("val").decided()
     counts = _counts(checkpoint, val, device)
     blocks = {b: counts[val.column("block") == b].sum(axis=0).tolist() for b in np.unique(val.column("block"))}
     scores = {"miou": 100 * metrics.scores(counts.sum(axis=0))["miou"], "blocks": blocks}
