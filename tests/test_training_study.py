@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from minemap.errors import InputError
+from minemap.sentinel2 import BANDS
 from minemap.training import card, study
 from minemap.training.chips import Chips
 from minemap.training.config import make_config
@@ -45,6 +46,16 @@ def test_table_gives_means_ranges_and_paired_differences(rows: list[dict]) -> No
 def test_every_method_is_in_a_table() -> None:
     assert {m for methods, _ in study.TABLES.values() for m in methods} == set(study.METHODS)
     assert all(set(references) <= set(methods) for methods, references in study.TABLES.values())
+
+
+def test_windows_and_bands_are_those_of_the_chips() -> None:
+    """Small chips of all bands as ever; chips of whole mines without infrared in larger windows, as many pixels."""
+    small = Chips(np.zeros((2, 6, 48, 48), np.float32), np.zeros((2, 48, 48), np.uint8), {})
+    assert study.base(small) == study.BASE | {"bands": list(BANDS)}
+    whole = Chips(np.zeros((2, 6, 448, 448), np.float32), np.zeros((2, 448, 448), np.uint8), {})
+    whole.image[:, 3:] = np.nan
+    found = make_config(study.base(whole) | {"out": ""})
+    assert found.bands == ("blue", "green", "red") and found.batch * found.sizes[0] ** 2 == 16 * 64**2
 
 
 def test_bootstrap_of_equal_methods_is_zero(rows: list[dict]) -> None:
