@@ -11,20 +11,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 import tempfile
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from minemap.errors import CheckpointError, InputError
 from minemap.sentinel2 import BANDS
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
 DEFAULT_MODEL = "south-america-2026"
 DEFAULT_CHANGE_MODEL = "change-2026"
@@ -90,30 +89,25 @@ class Recipe:
         """Dates that the network looks at together: one for a map, two for change."""
         return 2 if self.architecture == "minenetcd" else 1
 
-    def normalise(self, reflectance: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Scale reflectance to what the network takes.
+    def normalise(self, reflectance: Tensor) -> Tensor:
+        """Scale reflectance to what the network takes, on the tensor's own device.
 
         `reflectance`: float32 (..., band, y, x), bands in the recipe's order, NaN = absent (a missing band is
         a band of NaN). Returns float32 (..., band + derived, y, x), (x - mean) / std, 0 where absent.
         """
-        indices = self._indices(reflectance)
-        channels = np.concatenate([reflectance, *indices], axis=-3) if indices else reflectance
-        mean, std = (np.array(v, np.float32)[:, None, None] for v in (self.mean, self.std))
-        scaled = np.subtract(channels, mean, dtype=np.float32)
-        scaled /= std
-        np.copyto(scaled, 0, where=~np.isfinite(scaled))  # in place: three times as fast as with np.where
-        return scaled
+        import torch
 
-    def _indices(self, reflectance: NDArray[np.float32]) -> list[NDArray[np.float32]]:
-        return [index(reflectance, name, self.bands) for name in self.derived]
+        indices = [index(reflectance, name, self.bands) for name in self.derived]
+        channels = torch.cat([reflectance, *indices], dim=-3) if indices else reflectance
+        mean, std = (reflectance.new_tensor(v)[:, None, None] for v in (self.mean, self.std))
+        return (channels - mean).div_(std).nan_to_num_(0, 0, 0)
 
 
-def index(reflectance: NDArray[np.float32], name: str, bands: tuple[str, ...]) -> NDArray[np.float32]:
+def index(reflectance: Tensor, name: str, bands: tuple[str, ...]) -> Tensor:
     """A derived index as a band of its own, float32 (..., 1, y, x), NaN where it is not defined."""
     plus, minus = (reflectance[..., [bands.index(b)], :, :] for b in DERIVED[name])
     total = plus + minus
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(total > 0, (plus - minus) / total, np.nan).astype(np.float32)
+    return ((plus - minus) / total).masked_fill_(total <= 0, math.nan)
 
 
 @dataclass(frozen=True)

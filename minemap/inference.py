@@ -11,13 +11,11 @@ import ctypes
 import os
 import platform
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -33,8 +31,9 @@ ON_LATTICE = 1e-3  # pixels
 NOT_OBSERVED = 255  # in per cent maps
 PRECISIONS = ("bf16", "fp32")
 _LOADING = threading.Lock()  # lru_cache would let two threads load the network at once
-BATCH = {"cpu": 2, "cuda": 32}  # 4 on a processor are no faster and take 270 MB more a stream
-ON_GPU = 2  # batches on a GPU at a time: it takes in one while it works at the other
+# Windows a call: 4 on a processor are no faster and take 270 MB more a stream; 3 x 27 are a super-tile of 2,048 px
+BATCH = {"cpu": 2, "cuda": 27}
+ON_GPU = 4  # threads, each with a batch: one is copied while another is computed
 
 
 @dataclass(frozen=True)
@@ -213,7 +212,7 @@ def probability_and_batch(image: np.ndarray, checkpoint: Checkpoint, settings: S
     with _LOADING:
         runner = _runner(checkpoint.path, checkpoint.sha256, settings)
     with runner.lock:
-        answer = run_windows(image, runner, layout(checkpoint), runner.pool.map)
+        answer = run_windows(image, runner, layout(checkpoint), runner.pool.map, runner.empty)
         return_freed_memory()
         return answer, runner.batch
 
@@ -236,16 +235,26 @@ class Runner:
         self.recipe, self.settings, self.device = checkpoint.recipe, settings, device()
         self.lock = threading.Lock()
         self.batch = BATCH[self.device]
-        self.network = for_inference(checkpoint.network()).to(self.device).to(memory_format=torch.channels_last)
+        self.bf16 = settings.precision == "bf16"
+        network = for_inference(checkpoint.network(), bf16=self.bf16).to(self.device)
+        self.network = network.to(memory_format=torch.channels_last)
         self.forward: Any = self.network.both_ways if self.recipe.dates == 2 else self.network
-        threads = settings.streams if self.device == "cpu" else max(settings.streams, ON_GPU)
-        self.pool = ThreadPoolExecutor(threads, "network", torch.set_num_threads, (1,))
-        # Who computes takes a turn: on a GPU a stream, so that the copies of one batch overlap the work of another
-        self.turns: SimpleQueue[Any] = SimpleQueue()
-        for _ in range(threads if self.device == "cpu" else ON_GPU):
-            self.turns.put(None if self.device == "cpu" else torch.cuda.Stream())
+        threads = settings.streams if self.device == "cpu" else ON_GPU
+        self.pool = ThreadPoolExecutor(threads, "network", self._start_thread)
         if self.device == "cuda":
-            torch.cuda.synchronize()  # these streams don't wait for what the usual one has begun
+            torch.cuda.synchronize()  # the threads' streams don't wait for what the usual one has begun
+
+    def _start_thread(self) -> None:
+        """On a GPU each thread has a stream of its own, and does all that a batch needs.
+
+        Threads for computing alone would leave it idle less, and many that take turns would start slowly: cuDNN plans
+        each convolution anew in each thread, which takes seconds.
+        """
+        import torch
+
+        torch.set_num_threads(1)
+        if self.device == "cuda":
+            torch.cuda.set_stream(torch.cuda.Stream())
 
     def __call__(self, windows: np.ndarray) -> np.ndarray:
         """Answers for one batch. Where memory runs out the batch is halved, and stays so."""
@@ -269,31 +278,26 @@ class Runner:
             torch.cuda.empty_cache()
         return self(windows)
 
+    def empty(self, shape: tuple[int, ...], dtype: type[np.float32]) -> np.ndarray:
+        """As np.empty, but a GPU can copy it by itself; torch keeps such memory for the next array."""
+        import torch
+
+        if self.device == "cpu":
+            return np.empty(shape, dtype)
+        return torch.empty(shape, pin_memory=True).numpy()
+
     def _answer(self, windows: np.ndarray) -> np.ndarray:
         import torch
 
-        dates = windows.reshape(len(windows), self.recipe.dates, -1, *windows.shape[2:])
-        scaled = self.recipe.normalise(dates).reshape(len(windows), -1, *windows.shape[2:])
-        bf16 = self.settings.precision == "bf16"
-        with self._turn(), torch.inference_mode(), torch.autocast(self.device, torch.bfloat16, enabled=bf16):
-            x = torch.from_numpy(scaled).to(self.device).contiguous(memory_format=torch.channels_last)
+        with torch.inference_mode(), torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
+            given = torch.from_numpy(windows).to(self.device, non_blocking=True)
+            x = self.recipe.normalise(given.unflatten(1, (self.recipe.dates, -1))).flatten(1, 2)
+            x = x.contiguous(memory_format=torch.channels_last)
             chance = torch.sigmoid(self.forward(x).float()).cpu().numpy()
-            del x
         if self.recipe.dates > 1:
             return signed(chance)
         resolution = self.settings.resolution or self.recipe.resolution
         return settle_open_water(windows, chance[:, 0], bands=self.recipe.bands, resolution=resolution)
-
-    @contextmanager
-    def _turn(self) -> Iterator[None]:
-        import torch
-
-        stream = self.turns.get()
-        try:
-            with nullcontext() if stream is None else torch.cuda.stream(stream):
-                yield
-        finally:
-            self.turns.put(stream)
 
 
 def signed(chance: np.ndarray) -> np.ndarray:

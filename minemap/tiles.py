@@ -55,6 +55,8 @@ Batch = list[tuple[slice, slice]]
 """Rows and columns of the windows of one call."""
 Network = Callable[[np.ndarray], np.ndarray]
 """float32 (batch, band, seen, seen), NaN where not observed, to probabilities float32 (batch, seen, seen)."""
+Empty = Callable[[tuple[int, ...], type[np.float32]], np.ndarray]
+"""What makes the array of a call's windows: `np.empty`, or one in memory that a GPU reads by itself."""
 
 
 def run_windows(
@@ -62,25 +64,45 @@ def run_windows(
     network: Network,
     layout: Layout,
     mapper: Callable[[Callable[[Batch], np.ndarray], Iterable[Batch]], Iterable[np.ndarray]] = map,
+    empty: Empty = np.empty,
 ) -> np.ndarray:
     """Probability of every pixel of `image` but its margin, float32 (y, x), NaN where the image is not observed.
 
     image: float32 (band, y + 2 margin, x + 2 margin), NaN in all bands = not observed. Windows in which nothing is
     observed are skipped. mapper: how batches are run, `map` or a pool's (it must keep their order).
     """
-    observed: np.ndarray = np.zeros(image.shape[1:], bool)
-    for band in image:
-        observed |= ~np.isnan(band)
-    windows = [window for window in layout.windows(observed.shape) if observed[window].any()]
+
+    def answered(batch: Batch) -> np.ndarray:
+        stacked = _stacked(image, batch, layout, empty)
+        answer = network(stacked)
+        for window, probability in zip(stacked, answer, strict=True):
+            probability[_unobserved(window)] = np.nan
+        return answer
+
+    windows: Batch = []
+    skipped: Batch = []
+    for window in layout.windows(image.shape[1:]):
+        (skipped if _unobserved(image[:, *window]).all() else windows).append(window)
     batches = list(_batches(windows, layout.batch))
-    answers = mapper(lambda batch: network(_stacked(image, batch, layout)), batches)
-    out, weight = np.zeros(observed.shape, np.float32), layout.weight()
+    answers = mapper(answered, batches)  # a pool begins now
+    out, weight = np.zeros(image.shape[1:], np.float32), layout.weight()
     for batch, answer in zip(batches, answers, strict=True):
         for window, probability in zip(batch, answer, strict=False):  # from north to south: the sum's order is fixed
             out[window] += weight * probability
+    for window in skipped:
+        out[window] = np.nan
     margin = layout.margin
-    inner = slice(margin, -margin), slice(margin, -margin)
-    return np.where(observed[inner], out[inner], np.float32(np.nan))
+    return out[margin:-margin, margin:-margin]
+
+
+def _unobserved(image: np.ndarray) -> np.ndarray:
+    """Where no band is given, bool (y, x), from (band, y, x)."""
+    absent = np.isnan(image[0])
+    for band in image[1:]:
+        if not absent.any():  # the usual case, quick to see
+            break
+        absent &= np.isnan(band)
+    return absent
 
 
 def _batches(windows: list[tuple[slice, slice]], size: int) -> Iterator[Batch]:
@@ -88,9 +110,9 @@ def _batches(windows: list[tuple[slice, slice]], size: int) -> Iterator[Batch]:
         yield windows[start : start + size]
 
 
-def _stacked(image: np.ndarray, batch: Batch, layout: Layout) -> np.ndarray:
+def _stacked(image: np.ndarray, batch: Batch, layout: Layout, empty: Empty) -> np.ndarray:
     """The last batch is filled up with windows of NaN: a batch of another size gives other last digits."""
-    stacked = np.empty((layout.batch, len(image), layout.seen, layout.seen), np.float32)
+    stacked = empty((layout.batch, len(image), layout.seen, layout.seen), np.float32)
     for i, window in enumerate(batch):
         stacked[i] = image[:, *window]
     stacked[len(batch) :] = np.nan

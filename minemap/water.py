@@ -28,13 +28,16 @@ def settle_open_water(
     if not {"green", "nir"} <= set(bands):
         return probability
     smallest = BODY_HA * 1e4 / resolution**2
-    water = windows[:, bands.index("green")] > windows[:, bands.index("nir")]  # False where NaN
+    green, nir = bands.index("green"), bands.index("nir")
     out = probability.copy()
-    for n in np.flatnonzero(water.sum(axis=(1, 2)) >= smallest):
-        labels, _ = ndimage.label(water[n])
+    for window, answer in zip(windows, out, strict=True):
+        water = window[green] > window[nir]  # False where NaN
+        if np.count_nonzero(water) < smallest:
+            continue
+        labels, _ = ndimage.label(water)
         size = np.bincount(labels.ravel())
-        mean = np.bincount(labels.ravel(), probability[n].ravel()) / np.maximum(size, 1)
+        mean = np.bincount(labels.ravel(), answer.ravel()) / np.maximum(size, 1)
         settled = (size >= smallest) & (mean < UNLIKELY)
         settled[0] = False  # what is no water
-        out[n][settled[labels]] = 0.0
+        answer[settled[labels]] = 0.0
     return out

@@ -348,8 +348,8 @@ def test_minenetcd_sees_both_composites_in_the_maps_windows(mapped, changer, tmp
     inner = [tile for tile in grid.tiles(256) if min(tile.offset_in(grid)) > 0]
     corners = [tile.window(-96, -96, 192, 192) for tile in inner]  # of the 320 px seen those of one window alone
     window = max(corners, key=lambda w: int(data.sel(y=w.y, x=w.x).notnull().all("time").sum()))
-    dates = model.recipe.normalise(composites_of(mapped, window.buffered(64)))
-    orders = [torch.from_numpy(np.concatenate(pair)[None]) for pair in (dates, dates[::-1])]
+    dates = model.recipe.normalise(torch.from_numpy(composites_of(mapped, window.buffered(64))))
+    orders = [torch.cat([*pair])[None] for pair in (dates, dates.flip(0))]
     with torch.no_grad():
         gain, loss = (torch.sigmoid(model.network()(x))[0, 0, 64:-64, 64:-64].numpy() for x in orders)
     likely = np.maximum(gain, loss)

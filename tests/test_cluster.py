@@ -280,7 +280,7 @@ def test_batches_halve_when_memory_runs_out(error, model):
     assert runner.batch == 4
     network = runner.forward
     runner.forward = Greedy(network, 1, error)
-    np.testing.assert_allclose(runner(windows), whole, atol=1e-5)
+    np.testing.assert_allclose(runner(windows), whole, atol=1e-5 if runner.device == "cpu" else 5e-3)
     assert runner.batch == 1
     runner.forward = Greedy(network, 0, error)
     with pytest.raises(TooLittleMemoryError, match="not even one window of 320 px fits into memory"):

@@ -11,7 +11,7 @@ from minemap import predict
 from minemap.checkpoint import load_model
 from minemap.errors import InputError
 from minemap.grid import Grid
-from minemap.inference import Settings, percent, probability
+from minemap.inference import Settings, device, percent, probability
 from minemap.scenes import MARGIN
 from minemap.sentinel2 import BANDS
 from minemap.tiles import Layout, run_windows
@@ -85,14 +85,14 @@ def test_the_network_gives_what_torch_gives_window_by_window(model):
     for row in (0, 256, 512):
         for column in (0, 256):
             place = slice(row, row + 320), slice(column, column + 320)
-            window = checkpoint.recipe.normalise(image[None, :, *place])
+            window = checkpoint.recipe.normalise(torch.from_numpy(image[None, :, *place]))
             with torch.inference_mode():
-                answer = torch.sigmoid(network(torch.from_numpy(window)))[0, 0].numpy()
+                answer = torch.sigmoid(network(window))[0, 0].numpy()
             total[place] += np.outer(across, across) * answer
             weights[place] += np.outer(across, across)
     expected = (total / weights)[160:-160, 160:-160]
     seen = ~np.isnan(image[0, 160:-160, 160:-160])
-    np.testing.assert_allclose(got[seen], expected[seen], atol=1e-5)
+    np.testing.assert_allclose(got[seen], expected[seen], atol=1e-5 if device() == "cpu" else 5e-3)  # TF32
 
 
 def test_streams_do_not_change_a_byte(model):

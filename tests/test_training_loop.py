@@ -260,7 +260,7 @@ def test_prediction_puts_pixels_back_where_they_were(chips: str) -> None:
     blue = torch.nn.Conv2d(6, 1, 1, bias=False)
     blue.weight.data = torch.eye(6)[:1, :, None, None]
     answer = predict_chips(blue, recipe, some)
-    expected = 1 / (1 + np.exp(-recipe.normalise(some.image)[:, 0]))
+    expected = 1 / (1 + np.exp(-recipe.normalise(torch.from_numpy(some.image))[:, 0].numpy()))
     assert np.allclose(answer, expected, atol=1e-5)
     assert np.allclose(predict_mosaics(blue, recipe, some, side=3), expected, atol=1e-5)
 

@@ -5,6 +5,7 @@ On a processor half of a network's time goes into reading and writing activation
 - A batch norm that follows a convolution is folded into its weights: y = s * (W x + b) + t = (s W) x + (s b + t).
   DenseNet's other norms come before their convolution, with a ReLU between, and stay.
 - The FPN decoder stacks its four levels and sums the stack; adding one to the next makes no stack.
+- With bfloat16, autocast would convert the weights of convolutions and linear layers in every call.
 """
 
 from __future__ import annotations
@@ -47,8 +48,11 @@ class Added(nn.Module):
         return total
 
 
-def for_inference(network: nn.Module) -> nn.Module:
-    """The network, changed in place; it must be in evaluation mode, and can't be trained any more."""
+def for_inference(network: nn.Module, *, bf16: bool = False) -> nn.Module:
+    """The network, changed in place; it must be in evaluation mode, and can't be trained any more.
+
+    bf16: that it is to run under autocast to bfloat16, and only so.
+    """
     with torch.no_grad():
         for module in list(network.modules()):
             for names in _pairs(module):
@@ -58,6 +62,10 @@ def for_inference(network: nn.Module) -> nn.Module:
             for name, child in module.named_children():
                 if isinstance(child, MergeBlock) and child.policy == "add":
                     setattr(module, name, Added())
+        if bf16:
+            for layer in network.modules():
+                if isinstance(layer, nn.Conv2d | nn.Linear):
+                    layer.bfloat16()
     return network.requires_grad_(False)
 
 

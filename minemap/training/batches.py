@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from minemap.checkpoint import Recipe
 from minemap.models.minec2fnet import VISIBLE
 from minemap.sentinel2 import BANDS
-from minemap.training.chips import IGNORE, Chips, normalised
+from minemap.training.chips import IGNORE, Chips
 from minemap.training.config import TOA_OFFSET, TrainConfig
 
 HAZE = np.array([1.0, 0.7, 0.5, 0.2, 0.05, 0.02], np.float32)  # relative strength by band, falls with wavelength
@@ -53,7 +53,14 @@ def make_batch(
     reflectance = _radiometry(looks, config, rng).reshape(warped.shape)
     absent = ~inside & (rng.random((len(windows), 1, 1)) < config.absent)
     reflectance[np.broadcast_to((absent | holes)[:, None], reflectance.shape)] = np.nan
-    return torch.from_numpy(normalised(reflectance, recipe)), torch.from_numpy(mask)[:, None]
+    return normalised(reflectance, recipe), torch.from_numpy(mask)[:, None]
+
+
+def normalised(image: NDArray[np.float32], recipe: Recipe) -> Tensor:
+    """Chips as a network takes them: (n, dates x band, y, x) reflectance to (n, dates x channel, y, x)."""
+    dates = image.reshape(len(image), -1, len(BANDS), *image.shape[2:])
+    wanted = dates[:, :, [BANDS.index(b) for b in recipe.bands]]
+    return recipe.normalise(torch.from_numpy(wanted)).reshape(len(image), -1, *image.shape[2:])
 
 
 def _draw(sets: list[Chips], config: TrainConfig, rng: Generator) -> list[Window]:

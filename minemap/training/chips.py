@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 from pyproj import Transformer
 from scipy.spatial import cKDTree
 
-from minemap.checkpoint import Recipe
 from minemap.errors import InputError
 from minemap.sentinel2 import BANDS
 
@@ -118,13 +117,6 @@ def changed(before: NDArray[np.uint8], after: NDArray[np.uint8]) -> NDArray[np.u
     """Mask of what is mine after and not before, 255 where either is: (..., y, x) from two of the same."""
     unknown = (before == IGNORE) | (after == IGNORE)
     return np.where(unknown, IGNORE, (after == 1) & (before != 1)).astype(np.uint8)
-
-
-def normalised(image: NDArray[np.float32], recipe: Recipe) -> NDArray[np.float32]:
-    """Chips as a network takes them: (n, dates x band, y, x) reflectance to (n, dates x channel, y, x)."""
-    dates = image.reshape(len(image), -1, len(BANDS), *image.shape[2:])
-    wanted = dates[:, :, [BANDS.index(b) for b in recipe.bands]]
-    return recipe.normalise(wanted).reshape(len(image), -1, *image.shape[2:])
 
 
 def _arrays(path: Path) -> dict[str, NDArray]:

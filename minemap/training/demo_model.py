@@ -161,7 +161,7 @@ def fit(network: nn.Module, scenes: list[Scene], recipe: Recipe, stage: Stage, d
     for step in range(stage.steps):
         chosen = rng.choice(len(scenes), stage.batch, p=sizes / sizes.sum())
         images, masks = zip(*(window_of(scenes[i], stage.side, rng) for i in chosen), strict=True)
-        x = fill_absent(torch.from_numpy(recipe.normalise(np.stack(images))))
+        x = fill_absent(recipe.normalise(torch.from_numpy(np.stack(images))))
         x = x.to(device, memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16, enabled=device == "cpu" and native_precision() == "bf16"):
             logits = network(x)
@@ -184,7 +184,7 @@ def intersection_over_union(network: nn.Module, recipe: Recipe, scene: Scene) ->
 
     def probability(windows: NDArray[np.float32]) -> NDArray[np.float32]:
         with torch.inference_mode():
-            return torch.sigmoid(network(torch.from_numpy(recipe.normalise(windows))))[:, 0].numpy()
+            return torch.sigmoid(network(recipe.normalise(torch.from_numpy(windows))))[:, 0].numpy()
 
     found = run_windows(image, probability, layout)[: scene.mask.shape[0], : scene.mask.shape[1]]
     mine, known = found >= recipe.threshold, scene.mask != IGNORE

@@ -15,7 +15,8 @@ from minemap.checkpoint import Checkpoint, Recipe
 from minemap.inference import keep_freed_memory
 from minemap.models.folding import for_inference
 from minemap.training import metrics
-from minemap.training.chips import Chips, normalised
+from minemap.training.batches import normalised
+from minemap.training.chips import Chips
 
 MARGIN = 24  # pixels of reflection at least, on each side of a chip
 QUICK = 96  # side at least, where speed counts more than seeing a chip as a map would: while training
@@ -97,4 +98,4 @@ def padding(size: int, stride: int, seen: int) -> tuple[int, int]:
 
 def padded(image: NDArray[np.float32], recipe: Recipe, pads: list[tuple[int, int]]) -> torch.Tensor:
     """Chips (n, band, y, x) as a network takes them, reflected by `pads` before and after in y and x."""
-    return torch.from_numpy(normalised(np.pad(image, [(0, 0), (0, 0), *pads], mode="reflect"), recipe))
+    return normalised(np.pad(image, [(0, 0), (0, 0), *pads], mode="reflect"), recipe)
