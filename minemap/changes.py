@@ -91,7 +91,7 @@ class Comparison:
 
     @property
     def period(self) -> Period:
-        return Period(self.before.start, self.after.end)
+        return compared(self.before, self.after)
 
     def make(self, work: Work) -> dict[str, float]:
         """Compares one super-tile and writes it, unless the ledger has it; km² of each class."""
@@ -157,6 +157,11 @@ class Comparison:
         area, found = pixel_area_km2(inner), classes[row : row + inner.height, column : column + inner.width]
         values = (NEVER, BOTH, GAIN, LOSS, NOT_OBSERVED)
         return {name: float(area[asked & (found == v)].sum()) for name, v in zip(CLASSES, values, strict=True)}
+
+
+def compared(before: Period, after: Period) -> Period:
+    """The period under which a comparison is recorded."""
+    return Period(before.start, after.end)
 
 
 def compare(before: np.ndarray, after: np.ndarray, limit: int) -> np.ndarray:

@@ -6,12 +6,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .changes import CLASSES, compared
 from .checkpoint import DEFAULT_MODEL, Checkpoint, available, load_model
 from .cluster import TASK_THREADS
 from .compositing import STRIP_BYTES
 from .grid import WINDOW
 from .inference import cores
-from .scenes import MARGIN, Period
+from .scenes import MARGIN, Period, parse_period
 from .store import Store, open_map
 
 if TYPE_CHECKING:
@@ -26,22 +27,22 @@ BYTES_WRITTEN = 0.35  # a pixel of the map, compressed
 WORKER_BYTES = 1.7e9  # libraries, weights, two streams of the network, GDAL's cache
 PIXEL_BYTES = 72  # a pixel of a super-tile and its margin: six bands as float32, three times
 LOOK_BYTES = 3  # a pixel and look held at a time
+SAID = ("never mine", "mine at both", "gain", "loss", "not observed")  # of changes.CLASSES
 
 
 def describe(path: str | Path) -> dict[str, Any]:
-    """Zones with their periods, extent and observed share, the model, and the parameters of a map.
+    """Zones with their periods, extent and what was found there, the model, and the parameters of a map.
 
-    Areas are km² on the ellipsoid of what the zone owns and the area of interest holds, whole windows of it.
+    Areas are km² on the ellipsoid of what the zone owns and the area of interest holds, whole windows of it. A map
+    of change has "map" for "stac", and one period a zone, "BEFORE to AFTER", with the area of each class.
     """
-    store = Store.at(path)
+    store = Store.opened(path)
     about = store.attributes()
+    names = ("minemap", "model", "model_sha256", "stac", "map", "parameters")
     return {
         "path": str(path),
-        "minemap": about["minemap"],
-        "model": about["model"],
-        "model_sha256": about["model_sha256"],
-        "stac": about["stac"],
-        "parameters": about["parameters"],
+        "kind": store.kind,
+        **{name: about[name] for name in names if name in about},
         "zones": [_zone(store, group) for group in store.groups()],
     }
 
@@ -49,9 +50,24 @@ def describe(path: str | Path) -> dict[str, Any]:
 def _zone(store: Store, group: str) -> dict[str, Any]:
     data = open_map(store.path, group)
     grid = store.grid(group)
-    periods = [_period(store, group, p) for p in sorted(store.periods(group), key=str)]
+    periods = _changes(store, group) if store.kind == "change" else _periods(store, group)
     bounds = tuple(data.rio.bounds()) if data.sizes["y"] else ()
     return {"zone": group, "epsg": grid.epsg, "bounds": bounds, "resolution": grid.resolution, "periods": periods}
+
+
+def _changes(store: Store, group: str) -> list[dict[str, Any]]:
+    made = store.attributes()["parameters"]
+    before, after = parse_period(made["before"]), parse_period(made["after"])
+    about = {"period": f"{before} to {after}"}
+    if not store.meta.is_dir():  # a copy without its ledger
+        return [about]
+    records = store.records(group, compared(before, after))
+    areas = {name: round(sum(record[name] for record in records), 4) for name in CLASSES}
+    return [{**about, "super_tiles": len(records), **areas}]
+
+
+def _periods(store: Store, group: str) -> list[dict[str, Any]]:
+    return [_period(store, group, p) for p in sorted(store.periods(group), key=str)]
 
 
 def _period(store: Store, group: str, period: Period) -> dict[str, Any]:
@@ -79,7 +95,8 @@ def _km2(record: dict[str, Any], of: str, pixel: float) -> float:
 
 def told(about: dict[str, Any]) -> str:
     """`describe` as text."""
-    lines = [f"{about['path']}: model {about['model']} ({about['model_sha256'][:12]}), from {about['stac']}"]
+    source = f"from {about['stac']}" if about["kind"] == "map" else f"change of {about['map']}"
+    lines = [f"{about['path']}: model {about['model']} ({about['model_sha256'][:12]}), {source}"]
     for zone in about["zones"]:
         extent = " ".join(f"{n:.0f}" for n in zone["bounds"]) or "nothing yet"
         lines.append(f"  {zone['zone']}  EPSG:{zone['epsg']}, {zone['resolution']:g} m, extent {extent}")
@@ -90,6 +107,9 @@ def told(about: dict[str, Any]) -> str:
 def _told(period: dict[str, Any]) -> str:
     if "super_tiles" not in period:
         return "how much is done is not known, the .meta folder beside the map is missing"
+    if "gain_km2" in period:
+        areas = ", ".join(f"{period[name]:,.2f} km² {said}" for name, said in zip(CLASSES, SAID, strict=True))
+        return f"{period['super_tiles']} super-tiles: {areas}"
     return (
         f"{period['super_tiles']} super-tiles, {period['km2_computed']:,.1f} km² computed, "
         f"{period['observed_fraction']:.1%} observed, {period['km2_mine']:,.2f} km² of mine, {period['items']} items"

@@ -438,14 +438,15 @@ def open_map(path: str | Path, zone: str | None = None) -> xr.Dataset:
         raise InputError(f"{path} has no zone {group}: its zones are {', '.join(names)}")
     side = store.chunk(group)
     chunks = {"time": 1, "y": side, "x": side, "y80": side // QUICKLOOK, "x80": side // QUICKLOOK}
-    data = xr.open_zarr(store.path, group=group, chunks=None)
+    # Trimmed and sorted first: a whole zone has thousands of chunks
+    data = _trimmed(xr.open_zarr(store.path, group=group, chunks=None), store, group, side)
+    if "time" in data.dims:
+        data = data.isel(time=np.lexsort(data["time_bounds"].values.T[::-1]))  # by first day, then by last
     present = [name for name in (*LAYERS, *CHANGE_LAYERS) if name in data]
     data = data.assign({n: data[n].chunk({d: chunks[d] for d in data[n].dims if d in chunks}) for n in present})
     if "composite" in data:
         data = data.assign_coords(band=data["composite"].attrs["bands"])
-    if "time" in data.dims:
-        data = data.isel(time=np.lexsort(data["time_bounds"].values.T[::-1]))  # by first day, then by last
-    return _trimmed(data, store, group, side)
+    return data
 
 
 def _trimmed(data: xr.Dataset, store: Store, group: str, chunk: int) -> xr.Dataset:

@@ -260,7 +260,14 @@ def test_command_line(made, tmp_path, minemap):
     words = ("change", made, "--before", 2019, "--after", 2023, "--out", tmp_path / "change.zarr")
     done = minemap(*words, "--json", "--table", tmp_path / "change.csv")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["km2_gain"] > 0 and (tmp_path / "change.csv").exists()
+    summary = json.loads(done.stdout)
+    assert summary["km2_gain"] > 0 and (tmp_path / "change.csv").exists()
+    (zone,) = json.loads(minemap("info", tmp_path / "change.zarr", "--json").stdout)["zones"]
+    (found,) = zone["periods"]
+    assert found["period"] == "2019-01-01/2019-12-31 to 2023-01-01/2023-12-31" and found["super_tiles"] > 0
+    assert [found[name] for name in CLASSES] == [pytest.approx(summary[name], abs=1e-3) for name in CLASS_TOTALS]
+    info = minemap("info", tmp_path / "change.zarr").stdout
+    assert f"change of {made}" in info and f"{found['gain_km2']:,.2f} km² gain" in info
     assert "km² gained" in minemap(*words, "--quiet", "--debug").stdout + minemap(*words).stdout
     wrong = minemap("change", made, "--before", 2020, "--after", 2023, "--out", tmp_path / "other.zarr")
     assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and "has no period" in wrong.stderr
