@@ -77,6 +77,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "replay": {"replay": 0.25},
     "lwm": {"selection": "standard", "attention": 1.0},
     "minec2fnet_fresh": {**STUDENT, "fresh": True, **SCRATCH},
+    "minec2fnet_replay": {**STUDENT, "replay": 0.25},
+    "replay_half": {**STUDENT, "replay": 0.5},
+    "replay_long": {**STUDENT, "replay": 0.5, "epochs": 30},
+    "replay_standard": {**STUDENT, "replay": 0.5, "selection": "standard"},
     "fpn_all": {"rows": "all", **SCRATCH, "epochs": 60},  # were all labels fine: what few could come to at most
     "fewer_fpn_fine": {**SCRATCH, **FEWER},
     "fewer_fpn_finetune": {**FEWER},
@@ -108,8 +112,15 @@ METHODS: dict[str, dict[str, Any]] = {
 # Table -> its methods, and those that the others are compared with
 TABLES = {
     "methods": (
-        (TEACHER, "fpn_fine", "fpn_finetune", "lwf", "lwm", "replay", "minec2fnet", "minec2fnet_fresh", "fpn_all"),
+        (
+            *(TEACHER, "fpn_fine", "fpn_finetune", "lwf", "lwm", "replay"),
+            *("minec2fnet", "minec2fnet_fresh", "minec2fnet_replay", "fpn_all"),
+        ),
         ("fpn_fine", "fpn_finetune"),
+    ),
+    "replay": (
+        ("minec2fnet", "minec2fnet_replay", "replay_half", "replay_long", "replay_standard"),
+        ("minec2fnet",),
     ),
     "fewer": (
         ("fewer_fpn_fine", "fewer_fpn_finetune", "fewer_minec2fnet"),
