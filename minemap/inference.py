@@ -245,11 +245,7 @@ class Runner:
             torch.cuda.synchronize()  # the threads' streams don't wait for what the usual one has begun
 
     def _start_thread(self) -> None:
-        """On a GPU each thread has a stream of its own, and does all that a batch needs.
-
-        Threads for computing alone would leave it idle less, and many that take turns would start slowly: cuDNN plans
-        each convolution anew in each thread, which takes seconds.
-        """
+        """One core, and on a GPU a stream of its own; more threads start late, cuDNN plans anew in each."""
         import torch
 
         torch.set_num_threads(1)
