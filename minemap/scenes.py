@@ -15,7 +15,7 @@ from datetime import UTC, date, datetime, timedelta
 from math import isfinite
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urljoin, urlsplit
 
 import numpy as np
@@ -26,6 +26,10 @@ from .errors import CatalogueError, InputError, NoItemsError, first_line
 from .grid import BBox, Grid, cell_grid, continuous_lonlat
 from .sensors import Sensor, asset_key, one_sensor, scaling, sensor_named, sensor_of
 from .sentinel2 import BANDS, RESOLUTION, SCL, Item, baseline
+
+if TYPE_CHECKING:
+    from pystac_client import ItemSearch
+    from pystac_client.stac_api_io import StacApiIO
 
 SOURCES = {
     "earth-search": "https://earth-search.aws.element84.com/v1",
@@ -249,9 +253,10 @@ def _from_api(where: Source, bbox: BBox, period: Period) -> Iterator[Item]:
     statuses = [408, 429, 500, 502, 503, 504]
     retry = Retry(6, connect=2, backoff_factor=0.3, status_forcelist=statuses, allowed_methods=None)
     try:
-        client = Client.open(where.url, stac_io=StacApiIO(timeout=TIMEOUT, max_retries=retry))
+        io = StacApiIO(timeout=TIMEOUT, max_retries=retry)
+        client = Client.open(where.url, stac_io=io)
         found = client.search(collections=[where.collection], bbox=bbox, datetime=period.interval, limit=PAGE)
-        for item in _without_end(found.items_as_dicts(), where.url):
+        for item in _without_end(_pages(found, io), where.url):
             yield _clean(item, base=_self_link(item))
     except (APIError, RequestException, OSError) as error:
         raise CatalogueError(
@@ -263,14 +268,31 @@ def _from_api(where: Source, bbox: BBox, period: Period) -> Iterator[Item]:
         raise CatalogueError(f"{where.url} does not answer as a STAC API: {first_line(error)}") from error
 
 
-def _without_end(items: Iterable[Item], url: str) -> Iterator[Item]:
+def _pages(found: ItemSearch, io: StacApiIO) -> Iterator[list[Item]]:
+    """The items of each page, up to the last link. pystac-client takes a page without items for the end: an empty one
+    that others follow, and an error that was sent as a page (a KeyError here)."""
+    from pystac import Link
+
+    parameters = found.get_parameters()
+    page = io.read_json(found.url, method=found.method, parameters=parameters)
+    while True:
+        yield page["features"]
+        following = [link for link in page.get("links", []) if link["rel"] == "next"]
+        if not following:
+            return
+        page = io.read_json(Link.from_dict(following[0]), parameters=parameters)
+
+
+def _without_end(pages: Iterable[list[Item]], url: str) -> Iterator[Item]:
     """The items; CatalogueError where a catalogue's pages lead to each other for ever."""
     seen: set[str] = set()
-    for n, item in enumerate(items):
-        seen.add(item["id"])
-        if n > 2 * (len(seen) + PAGE):
+    read = 0
+    for page in pages:
+        seen.update(item["id"] for item in page)
+        read += max(1, len(page))
+        if read > 2 * (len(seen) + PAGE):
             raise CatalogueError(f"STAC source {url}: its pages repeat themselves without an end")
-        yield item
+        yield from page
 
 
 def sensor_at(where: Source) -> Sensor:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from typing import ClassVar
+from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 import pytest
 import xarray as xr
-from conftest import served_catalogue, stac_api
+from conftest import RangeHandler, item, served_catalogue, stac_api
 
 from minemap import map_area
 from minemap.errors import CatalogueError, NoItemsError
 from minemap.scenes import search
+
+BOX = (-63.4, 6.2, -63.3, 6.3)
 
 
 @pytest.fixture
@@ -70,3 +74,42 @@ def test_an_address_below_the_api_is_said(api, scene):
     for below in (f"/collections/{collection}", f"/collections/{collection}/items"):
         with pytest.raises(CatalogueError, match="does not answer as a STAC API"):
             search(scene.bbox, "2023", stac=api.rstrip("/") + below)
+
+
+class Pages(RangeHandler):
+    """A STAC API whose search has three pages, the second one without items."""
+
+    second: ClassVar[dict] = {}
+
+    def do_GET(self):  # noqa: N802 (the protocol's name)
+        here = "http://" + self.headers["Host"]
+        conforms = ["https://api.stacspec.org/v1.0.0/core", "https://api.stacspec.org/v1.0.0/item-search"]
+        about = {"type": "Catalog", "stac_version": "1.0.0", "id": "pages", "description": "", "conformsTo": conforms}
+        search = {"rel": "search", "href": f"{here}/search", "type": "application/geo+json", "method": "POST"}
+        number = int(parse_qs(urlsplit(self.path).query).get("page", ["1"])[0])
+        found = item(f"S2A_{number}", f"2023-05-0{number}", BOX, {"blue": f"{here}/b.tif"})
+        page = self.second if number == 2 else {"type": "FeatureCollection", "features": [found]}
+        following = [{"rel": "next", "href": f"{here}/search?page={number + 1}"}] if number < 3 else []
+        answer = page | {"links": following} if "/search" in self.path else about | {"links": [search]}
+        data = json.dumps(answer).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def do_POST(self):  # noqa: N802
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.do_GET()
+
+
+def test_an_empty_page_is_not_the_end(serve, tmp_path):
+    address = serve(tmp_path, type("Empty", (Pages,), {"second": {"features": []}}))
+    assert [i["id"] for i in search(BOX, "2023", stac=address)] == ["S2A_1", "S2A_3"]
+
+
+@pytest.mark.parametrize("second", [{"features": None}, {"code": 500, "description": "try later"}])
+def test_a_page_that_is_none_is_said(second, serve, tmp_path):
+    address = serve(tmp_path, type("Broken", (Pages,), {"second": second}))
+    with pytest.raises(CatalogueError, match="does not answer as a STAC API"):
+        search(BOX, "2023", stac=address)
