@@ -11,19 +11,20 @@ import logging
 import os
 import platform
 import signal
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 from .checkpoint import Checkpoint, load_same
 from .errors import ClusterError, InputError, MinemapError
+from .files import write_atomically
 from .inference import cores
+from .places import Place
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -225,7 +226,7 @@ def _own_gpu_each(count: int, threads: int, gpus: int) -> Any:
 # --- what workers need ------------------------------------------------------------------------------------------
 
 
-def check_workers(client: Client, folder: Path, checkpoint: Checkpoint | None = None) -> None:
+def check_workers(client: Client, folder: Place, checkpoint: Checkpoint | None = None) -> None:
     """Whether all workers can do the work, asked before it starts; raises ClusterError, in one line, where not.
 
     folder: where the output's records will lie; it exists. checkpoint: the model, where one is used. How long to wait
@@ -235,8 +236,8 @@ def check_workers(client: Client, folder: Path, checkpoint: Checkpoint | None = 
         _wait_for_one(client)
         found: Any = client.get_versions(packages=[*EXACT[1:], *PRESENT])
         _compare_versions(found)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".seen-by-workers-") as seen:
-            answers = client.run(_lacking, Path(seen.name), checkpoint, on_error="return")
+        with _marked(folder) as mark:
+            answers = client.run(_lacking, mark, checkpoint, on_error="return")
         _refuse({worker: str(answer) for worker, answer in answers.items() if answer})
         _check_failures(client)
 
@@ -303,17 +304,32 @@ def _public(name: str, version: str | None) -> str:
     return ".".join(text.split(".")[:2]) if name == "python" else text.split("+")[0]
 
 
-def _lacking(seen: Path, checkpoint: Checkpoint | None) -> str:
+@contextmanager
+def _marked(folder: Place) -> Iterator[Place]:
+    """A file of ours in a folder, by which a worker knows that it sees the same."""
+    mark = folder / f".seen-by-workers-{uuid4().hex}"
+    write_atomically(mark, "")
+    try:
+        yield mark
+    finally:
+        mark.unlink(missing_ok=True)
+
+
+def _lacking(mark: Place, checkpoint: Checkpoint | None) -> str:
     """Runs on a worker: what it lacks, "" when nothing."""
     try:
         if checkpoint is not None:
             load_same(checkpoint.path, checkpoint.sha256)
     except MinemapError as error:
         return f"lacks the model: {error}"
-    if not seen.exists():
-        return f"does not see {seen.parent}: put the output on a file system that all workers share"
-    if not os.access(seen.parent, os.W_OK | os.X_OK):
-        return f"may not write to {seen.parent}: let its user write there"
+    if not mark.exists():
+        return f"does not see {mark.parent}: put the output on a file system that all workers share"
+    try:
+        own = mark.with_name(f"{mark.name}-{uuid4().hex}")
+        write_atomically(own, "")
+        own.unlink()
+    except OSError:
+        return f"may not write to {mark.parent}: let its user write there"
     return ""
 
 

@@ -109,7 +109,7 @@ def _export_raster(path: str | Path, out: Path, date: str | None, threshold: flo
     period = choose_period(store, date, group)
     _mapped(store, [group], period)
     data = data.isel(time=period_index(data, period))
-    with drafted(out) as draft:
+    with store.damage_named(), drafted(out) as draft:
         RASTERS[out.suffix.lower()](data, draft, threshold=threshold, store=store)
         if out.suffix.lower() != ".png":
             transform = data.rio.transform(recalc=True)
@@ -124,7 +124,7 @@ def _export_change(path: str | Path, out: Path, zone: str | None) -> Path:
         raise InputError(f"{path} has nothing compared yet")
     data, about = open_map(path, zone), store.attributes()
     told = {name: str(about["parameters"][name]) for name in ("before", "after", "method", "threshold")}
-    with drafted(out) as draft:
+    with store.damage_named(), drafted(out) as draft:
         _write_tif(data["change"], draft, lambda part: part.values, CHANGE_COLOURS, {**_software(about), **told})
     return out
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from .errors import InputError
+from .places import Place, put, read
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,10 +36,14 @@ def file_name(name: str) -> str:
     return quote(name, safe="").replace(".", "%2E")
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """The whole text or nothing, under any interruption; gzip when the name ends so."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def write_atomically(path: Place, text: str) -> None:
+    """The whole text or nothing, under any interruption; gzip when the name ends so. Raises StoreError where object
+    storage refuses it."""
     data = gzip.compress(text.encode(), mtime=0) if path.suffix == ".gz" else text.encode()
+    if not isinstance(path, Path):
+        put(path, data)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
     number, name = tempfile.mkstemp(dir=path.parent, prefix=".")
     draft = Path(name)
     try:
@@ -52,11 +57,16 @@ def write_atomically(path: Path, text: str) -> None:
         draft.unlink(missing_ok=True)
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Place) -> Any:
     """What a file of ours says, None where there is none or it is damaged."""
+    return parse(read(path))
+
+
+def parse(data: bytes | None) -> Any:
+    """What such a file's bytes say."""
     try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
+        return json.loads(data or b"")
+    except ValueError:
         return None
 
 
@@ -71,7 +81,7 @@ def drafted(out: Path) -> Iterator[Path]:
         draft.unlink(missing_ok=True)
 
 
-def check_outside(path: Path, role: str = "output") -> None:
+def check_outside(path: Place, role: str = "output") -> None:
     """Raises InputError for a place within a Zarr store, which would take it for a part of its own."""
     for folder in path.resolve().parents:
         if (folder / "zarr.json").exists():

@@ -112,7 +112,7 @@ def _job(made: Plan, store: Store, index: dict[str, int], sharing: int) -> Job:
 
 def _summary(made: Plan, store: Store, counts: np.ndarray, seconds: float) -> dict[str, Any]:
     total, observed, mine, computed = counts.sum(axis=0)
-    records = [record for w in made.work if (record := store.record(w.tile, made.period)) is not None]
+    records = [record for record in store.records_of([w.tile for w in made.work], made.period) if record]
     return {
         "out": str(store.path),
         "date": str(made.period),

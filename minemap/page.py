@@ -103,10 +103,12 @@ def export_page(
         raise InputError(f"{store.path} has nothing mapped yet")
     opened = {group: open_map(store.path, group) for group in store.groups()}
     zones = {group: data for group, data in opened.items() if data.sizes["x"]}  # those with something done
-    frame = _frame(zones)
+    with store.damage_named():
+        frame = _frame(zones)
+        pictures = _pictures(zones, periods, frame)
     data = {
         **_drawing(path, periods, frame, Shape(threshold, min_area, smooth)),
-        **_pictures(zones, periods, frame),
+        **pictures,
         "areas": _areas(path, periods, frame, limit),
         "origin": _origin(store, about, periods, limit),
         "first_year": every[0].start.year,  # what was mined by then may be older, whichever periods are shown

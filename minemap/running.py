@@ -165,7 +165,7 @@ def _watched(
 
     def look() -> None:
         if progress is not None:
-            done = {path for folder in folders if folder.exists() for path in folder.iterdir()}
+            done = {path for folder in folders for path in folder.glob("[!.]*.json")}
             progress(len(wanted & done), len(wanted))
 
     def watch() -> None:

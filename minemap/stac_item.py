@@ -198,7 +198,7 @@ def _model_asset(attributes: dict[str, Any]) -> pystac.Asset:
 def _sources(store: Store, names: list[str]) -> list[pystac.Link]:
     """Links to the catalogue's own pages of the first LINKS items that have one."""
     links = []
-    for name in names[:LINKS]:
-        own = [link for link in store.read_item(name).get("links", []) if link.get("rel") == "self"]
+    for name, item in zip(names, store.read_items(names[:LINKS]), strict=False):
+        own = [link for link in item.get("links", []) if link.get("rel") == "self"]
         links += [pystac.Link("derived_from", own[0]["href"], pystac.MediaType.GEOJSON, title=name)] if own else []
     return links

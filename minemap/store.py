@@ -5,7 +5,8 @@
 
 A super-tile is one shard, written by one task: data first, then its record in the ledger. What has no record was
 never finished, whatever the arrays hold. The store is made in a temporary folder and renamed, so it is whole or not
-there. The meta folder lies beside the store because Zarr warns of foreign folders inside it.
+there. The meta folder lies beside the store because Zarr warns of foreign folders inside it. In object storage the
+same names are keys; places.py tells what differs there.
 """
 
 from __future__ import annotations
@@ -13,13 +14,11 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 from uuid import uuid4
@@ -32,8 +31,20 @@ from filelock import FileLock, Timeout
 
 from . import zones
 from .errors import DamagedTileError, InputError, StoreError
-from .files import UMASK, check_outside, file_name, read_json, write_atomically
+from .files import check_outside, file_name, parse, read_json, write_atomically
 from .grid import WINDOW, Grid
+from .places import (
+    Place,
+    check_reachable,
+    check_writable,
+    for_zarr,
+    make_folder,
+    move,
+    place_of,
+    read,
+    read_all,
+    remove,
+)
 from .scenes import Period
 from .sentinel2 import Item
 from .zones import CHANGE_LAYERS, CONSISTENT, QUICKLOOK
@@ -51,33 +62,29 @@ def parameters_hash(parameters: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Store:
-    """A map on disk, or a map of change. Cheap to make and to send to workers: it holds paths only.
+    """A map on disk or in object storage, or a map of change. Cheap to make and to send: it holds names only.
 
     making, run: the making of the store (see `create`) and the run (see `locked`) that a task belongs to. A task of
     an earlier run that nobody could stop can then no longer write, and its records count in no store but its own.
     """
 
-    path: Path
+    path: Place
     kind: str = "map"  # or "change"
     making: str | None = None
     run: str | None = None
 
     @staticmethod
-    def at(out: str | Path, kind: str = "map") -> Store:
-        """The store of a name as a user gives it. Raises InputError for an object store's address."""
-        if "://" in str(out):
-            raise InputError(f"output {out} is an address: stores are local folders or shared file systems")
-        path = Path(out).expanduser().resolve()
-        try:
-            path.exists()
-        except OSError as error:
-            raise InputError(f"output {str(out)[:80]!r}: {error.strerror}, choose another name") from error
-        if not path.name:
+    def at(out: str | Place, kind: str = "map") -> Store:
+        """The store of a name as a user gives it: a path, or an address in object storage. Raises InputError,
+        StoreError where object storage does not answer."""
+        place = place_of(out)
+        if not place.name:
             raise InputError(f"output {out} has no name: give the name of a store")
-        return Store(path, kind)
+        check_reachable(place)
+        return Store(place, kind)
 
     @staticmethod
-    def opened(path: str | Path) -> Store:
+    def opened(path: str | Place) -> Store:
         """A store that is there, of whichever kind. Raises StoreError."""
         store = Store.at(path)
         kind = store._attributes().get("minemap:kind", "map")
@@ -86,7 +93,7 @@ class Store:
         return replace(store, kind=kind)
 
     @property
-    def meta(self) -> Path:
+    def meta(self) -> Place:
         return self.path.with_name(self.path.name + ".meta")
 
     # --- making and checking ------------------------------------------------------------------------------------
@@ -104,7 +111,7 @@ class Store:
 
     def _attributes(self) -> dict[str, Any]:
         try:
-            attributes = dict(zarr.open_group(self.path, mode="r").attrs)
+            attributes = dict(zarr.open_group(for_zarr(self.path), mode="r").attrs)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise StoreError(f"{self.path} is not a minemap store: {_reason(self.path)}") from error
         if not {"minemap:layout", "parameters"} <= attributes.keys():
@@ -118,15 +125,9 @@ class Store:
         if self.meta.exists() and not self.meta.is_dir():
             raise StoreError(f"{self.meta} is a file, and the folder beside the store: choose another output")
         check_outside(self.path)
-        if not self.exists():
-            parent = next(p for p in self.path.absolute().parents if p.exists())
-            if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-                raise StoreError(f"{parent} is not a folder that can be written to; choose another output")
-            return
-        stored = self.attributes()
-        if not os.access(self.path, os.W_OK):
-            raise StoreError(f"{self.path} is not writable; choose another output")
-        if overwrite:
+        stored = self.attributes() if self.exists() else None
+        check_writable(self.path)
+        if stored is None or overwrite:
             return
         if not any((self.meta / name).exists() for name in (MAKING, "cells", "ledger")):
             raise StoreError(
@@ -149,30 +150,29 @@ class Store:
 
     def create(self, attributes: dict[str, Any]) -> None:
         """An empty store, in place of whatever of ours was there."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", dir=self.path.parent))
+        make_folder(self.path.parent)
+        draft = self.path.with_name(f".{self.path.name}.{uuid4().hex}")
         try:
             about = {"minemap:layout": VERSION, "minemap:kind": self.kind, **attributes}
-            zarr.create_group(draft, zarr_format=3, attributes=about)
-            draft.chmod(0o777 & ~UMASK)
+            zarr.create_group(for_zarr(draft), zarr_format=3, attributes=about)
             # The ledger first: without records nothing counts as done, wherever this stops
             for name in ("ledger", "cells", "items", "offsets"):
-                shutil.rmtree(self.meta / name, ignore_errors=True)
+                remove(self.meta / name)
             for name in ("items.json", "aoi.wkt"):
                 (self.meta / name).unlink(missing_ok=True)
             write_atomically(self.meta / MAKING, uuid4().hex)
-            shutil.rmtree(self.path, ignore_errors=True)
-            draft.rename(self.path)
+            remove(self.path)
+            move(draft, self.path.name, "zarr.json")
         finally:
-            shutil.rmtree(draft, ignore_errors=True)
+            remove(draft)
 
     def bound(self) -> Store:
         """This store as it was made last and by the run that began last, for the tasks of that run."""
         return replace(self, making=self._name(MAKING), run=self._name(RUN))
 
     def _name(self, file: str) -> str | None:
-        path = self.meta / file
-        return path.read_text() if path.exists() else None
+        data = read(self.meta / file)
+        return None if data is None else data.decode()
 
     def _check_run(self) -> None:
         """Raises StoreError in a task of a run that another one has followed."""
@@ -184,20 +184,19 @@ class Store:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Only one run at a time writes to a store. The lock goes with the process that holds it; tasks on a cluster
-        may live on, so each run has a name of its own."""
-        self.meta.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.meta / "lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise StoreError(
-                f"{self.path} is being written by another run: wait for it, or choose another output"
-            ) from None
-        try:
+        may live on, so each run has a name of its own. In object storage there is the name alone: the run that began
+        last goes on, an earlier one ends at its next write."""
+        make_folder(self.meta)
+        with ExitStack() as held:
+            if isinstance(self.meta, Path):
+                try:
+                    held.enter_context(FileLock(self.meta / "lock", timeout=0))
+                except Timeout:
+                    raise StoreError(
+                        f"{self.path} is being written by another run: wait for it, or choose another output"
+                    ) from None
             write_atomically(self.meta / RUN, uuid4().hex)
             yield
-        finally:
-            lock.release()
 
     # --- zones and periods --------------------------------------------------------------------------------------
 
@@ -207,7 +206,7 @@ class Store:
 
     def _zone(self, group: str, mode: Literal["r", "r+"] = "r") -> zarr.Group:
         # Not through the consolidated metadata: those are for readers, and lag behind while we change shapes
-        return zarr.open_group(self.path / group, mode=mode, use_consolidated=False)
+        return zarr.open_group(for_zarr(self.path / group), mode=mode, zarr_format=3, use_consolidated=False)
 
     def add_zone(self, grid: Grid, chunk: int, bands: tuple[str, ...] | None) -> None:
         """The group of `grid`'s zone with arrays over `grid`; bands: of the composite, None to keep none.
@@ -229,13 +228,13 @@ class Store:
     def _new_zone(self, grid: Grid) -> Iterator[zarr.Group | None]:
         """A zone's group to fill, under another name until it is whole; None where it is there already."""
         for left_over in self.path.glob("draft-*"):
-            shutil.rmtree(left_over, ignore_errors=True)
+            remove(left_over)
         if grid.group in self.groups():
             yield None
             return
         draft = f"draft-{grid.group}"
         yield self._zone("", "r+").create_group(draft, attributes=zones.zone_attributes(grid))
-        (self.path / draft).rename(self.path / grid.group)
+        move(self.path / draft, grid.group, "zarr.json")
 
     def add_period(self, group: str, period: Period) -> int:
         """Index of `period` on the group's time axis, appended when it is new. Call it under `locked`."""
@@ -269,7 +268,7 @@ class Store:
 
     def consolidate(self) -> None:
         """Metadata of every group in one place, so that opening it takes one read."""
-        zones.consolidate(self.path, self.groups())
+        zones.consolidate(for_zarr(self.path), self.groups())
 
     def add_consistent(self, group: str, source: str | None) -> None:
         """The array beside `probability` for what is derived from all of its periods, made where it is not there.
@@ -318,25 +317,43 @@ class Store:
                 "place again"
             ) from error
 
+    @contextmanager
+    def damage_named(self) -> Iterator[None]:
+        """Around what reads through `open_map`: a layer that zarr can't read is a DamagedTileError with its place."""
+        try:
+            yield
+        except (RuntimeError, ValueError):
+            for group in self.groups():
+                layers = [name for name in (*LAYERS, *CHANGE_LAYERS) if name in self._zone(group)]
+                periods = enumerate(self.periods(group)) if self.kind == "map" else [(None, None)]
+                for index, period in periods:
+                    for tile, name in product(self.done(group, period), layers):
+                        self.read_tile(tile, index, name)
+            raise
+
     def kept_bands(self, group: str) -> list[str] | None:
         """Bands of the composite that a map has kept, None where it has not."""
         zone = self._zone(group)
         return list(zones.array_of(zone, "composite").attrs["bands"]) if "composite" in zone else None  # type: ignore[arg-type]
 
-    def record_path(self, tile: Grid, period: Period) -> Path:
+    def record_path(self, tile: Grid, period: Period) -> Place:
         side = tile.width * tile.resolution
         name = f"{round(tile.left / side)}_{round(tile.top / side)}.json"
         return self.meta / "ledger" / tile.group / period.slug / name
 
     def record(self, tile: Grid, period: Period) -> dict[str, Any] | None:
         """What the ledger says of a finished super-tile, None when it is not finished."""
-        found = _record(self.record_path(tile, period))
-        return found if found and self.making in (None, found.get("making")) else None
+        return self.records_of([tile], period)[0]
+
+    def records_of(self, tiles: Sequence[Grid], period: Period) -> list[dict[str, Any] | None]:
+        """The same of many super-tiles."""
+        found = _records([self.record_path(tile, period) for tile in tiles])
+        return [record if record and self.making in (None, record.get("making")) else None for record in found]
 
     def records(self, group: str, period: Period) -> list[dict[str, Any]]:
         """All that the ledger says of a period."""
-        found = map(_record, sorted((self.meta / "ledger" / group / period.slug).glob("[!.]*.json")))
-        return [record for record in found if record]
+        paths = _sorted((self.meta / "ledger" / group / period.slug).glob("[!.]*.json"))
+        return [record for record in _records(paths) if record]
 
     def write_record(self, tile: Grid, period: Period, record: dict[str, Any]) -> None:
         self._check_run()
@@ -348,21 +365,22 @@ class Store:
         self._check_run()
         write_atomically(self._failure_path(tile, period), text)
 
-    def _failure_path(self, tile: Grid, period: Period) -> Path:
+    def _failure_path(self, tile: Grid, period: Period) -> Place:
         return self.meta / "failed" / f"{tile.group}_{period.slug}_{self.record_path(tile, period).stem}"
 
     def failures(self) -> list[str]:
-        return [path.read_text() for path in sorted((self.meta / "failed").glob("[!.]*"))]
+        texts = read_all(_sorted((self.meta / "failed").glob("[!.]*")))
+        return [text.decode() for text in texts if text is not None]
 
     def forget_failure(self, tile: Grid, period: Period) -> None:
         self._failure_path(tile, period).unlink(missing_ok=True)
 
     def forget_failures(self) -> None:
-        shutil.rmtree(self.meta / "failed", ignore_errors=True)
+        remove(self.meta / "failed")
 
     # --- scenes -------------------------------------------------------------------------------------------------
 
-    def cell_path(self, group: str, cell: tuple[int, int], period: Period) -> Path:
+    def cell_path(self, group: str, cell: tuple[int, int], period: Period) -> Place:
         return self.meta / "cells" / group / period.slug / f"{cell[0]}_{cell[1]}.json"
 
     def write_cell(self, group: str, cell: tuple[int, int], period: Period, ids: list[list[str]]) -> None:
@@ -382,47 +400,56 @@ class Store:
     def write_items(self, items: list[Item]) -> None:
         """Adds items to those that were used, one file each and all in `items.json`, an ItemCollection."""
         self.keep_items(items)
-        every = [item for path in self._item_paths() if (item := _item(path))]
+        every = [item for data in read_all(self._item_paths()) if (item := _item(data))]
         write_atomically(self.meta / "items.json", json.dumps({"type": "FeatureCollection", "features": every}))
 
     def keep_items(self, items: list[Item]) -> None:
         """One file for each item."""
         for item in items:
-            write_atomically(self.meta / "items" / f"{file_name(item['id'])}.json.gz", json.dumps(item))
+            write_atomically(self._item_path(item["id"]), json.dumps(item))
 
     def items(self) -> Iterator[Item]:
-        """The items that were used, by id; none where the meta folder is lost."""
-        for path in self._item_paths():
-            yield _sound(path)
+        """The items that were used, by id; none where the meta folder is lost. Raises StoreError."""
+        paths = self._item_paths()
+        return map(_sound, paths, read_all(paths))
 
-    def read_item(self, name: str) -> Item:
-        """An item that a cell's choice names. Raises StoreError."""
-        return _sound(self.meta / "items" / f"{file_name(name)}.json.gz")
+    def read_items(self, names: Sequence[str]) -> list[Item]:
+        """The items that a cell's choice names. Raises StoreError."""
+        paths = [self._item_path(name) for name in names]
+        return list(map(_sound, paths, read_all(paths)))
 
-    def _item_paths(self) -> list[Path]:
-        return sorted((self.meta / "items").glob("*.json.gz"))
+    def _item_path(self, name: str) -> Place:
+        return self.meta / "items" / f"{file_name(name)}.json.gz"
+
+    def _item_paths(self) -> list[Place]:
+        return _sorted((self.meta / "items").glob("*.json.gz"))
 
 
-def _record(path: Path) -> dict[str, Any] | None:
-    found = read_json(path)
-    return found if isinstance(found, dict) and len(found.get("windows") or ()) == 4 else None
+def _sorted(places: Iterable[Place]) -> list[Place]:
+    return sorted(places, key=str)
 
 
-def _item(path: Path) -> Item | None:
+def _records(paths: list[Place]) -> list[dict[str, Any] | None]:
+    """What files of the ledger say, None for those that are gone or damaged."""
+    found = map(parse, read_all(paths))
+    return [f if isinstance(f, dict) and len(f.get("windows") or ()) == 4 else None for f in found]
+
+
+def _item(data: bytes | None) -> Item | None:
     """The item in a file, None where it is gone or damaged."""
     try:
-        return json.loads(gzip.decompress(path.read_bytes()))
-    except (FileNotFoundError, EOFError, ValueError, gzip.BadGzipFile, zlib.error):
+        return json.loads(gzip.decompress(data or b""))
+    except (EOFError, ValueError, gzip.BadGzipFile, zlib.error):
         return None
 
 
-def _sound(path: Path) -> Item:
-    if (item := _item(path)) is None:
+def _sound(path: Place, data: bytes | None) -> Item:
+    if (item := _item(data)) is None:
         raise StoreError(f"{path} is gone or damaged: map that date with --refresh, which chooses its scenes again")
     return item
 
 
-def open_map(path: str | Path, zone: str | None = None) -> xr.Dataset:
+def open_map(path: str | Place, zone: str | None = None) -> xr.Dataset:
     """A map as xarray sees it: `probability` and `observations` (time, y, x), lazy, one dask chunk a shard.
 
     Trimmed to the super-tiles that are done and sorted by time. probability: float32 per cent, NaN not observed.
@@ -439,7 +466,7 @@ def open_map(path: str | Path, zone: str | None = None) -> xr.Dataset:
     side = store.chunk(group)
     chunks = {"time": 1, "y": side, "x": side, "y80": side // QUICKLOOK, "x80": side // QUICKLOOK}
     # Trimmed and sorted first: a whole zone has thousands of chunks
-    data = _trimmed(xr.open_zarr(store.path, group=group, chunks=None), store, group, side)
+    data = _trimmed(xr.open_zarr(for_zarr(store.path), group=group, chunks=None), store, group, side)
     if "time" in data.dims:
         data = data.isel(time=np.lexsort(data["time_bounds"].values.T[::-1]))  # by first day, then by last
     present = [name for name in (*LAYERS, *CHANGE_LAYERS) if name in data]
@@ -460,7 +487,7 @@ def _trimmed(data: xr.Dataset, store: Store, group: str, chunk: int) -> xr.Datas
     return data.isel({"y": y, "x": x, "y80": y80, "x80": x80}, missing_dims="ignore")
 
 
-def _reason(path: Path) -> str:
+def _reason(path: Place) -> str:
     if not path.exists():
         return "it does not exist"
     return "it is a file" if path.is_file() else "choose another output, or a store that minemap made"

@@ -204,7 +204,7 @@ def read_image(inner: Grid, margin: int, how: Reading) -> tuple[np.ndarray, np.n
     chosen = how.store.read_cell(inner.group, inner.cell, how.period)
     if chosen is None:
         raise StoreError(f"{how.store.meta} has lost the scenes of cell {inner.cell}: map it again with --refresh")
-    items = [how.store.read_item(name) for acquisition in chosen for name in acquisition]
+    items = how.store.read_items([name for acquisition in chosen for name in acquisition])
     with _named_item(items), ThreadPoolExecutor(READ_THREADS, "read") as pool:
         decided = pool.map(lambda item: (item["id"], decide(item, how)), items)
         layers = load_layers(

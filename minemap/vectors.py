@@ -10,6 +10,7 @@ import numpy as np
 
 from .errors import InputError
 from .grid import Grid
+from .places import Place
 
 if TYPE_CHECKING:
     import geopandas
@@ -118,9 +119,9 @@ def in_zone(area: shapely.Geometry, epsg: int) -> shapely.Geometry:
     return geopandas.GeoSeries([shapely.segmentize(polygonal(parts), 0.01)], crs=4326).to_crs(epsg).iloc[0]
 
 
-def inside_aoi(grid: Grid, path: Path) -> np.ndarray:
+def inside_aoi(grid: Grid, path: Place) -> np.ndarray:
     """Which pixel centres lie in the area kept in the file `path` (of the meta folder), bool (y, x)."""
-    return inside(grid, _read_aoi(path, path.stat().st_mtime_ns, grid.epsg))
+    return inside(grid, _projected(path.read_text(), grid.epsg))
 
 
 def inside(grid: Grid, area: shapely.Geometry) -> np.ndarray:
@@ -133,7 +134,7 @@ def inside(grid: Grid, area: shapely.Geometry) -> np.ndarray:
 
 
 @lru_cache(maxsize=8)
-def _read_aoi(path: Path, _version: int, epsg: int) -> shapely.Geometry:
+def _projected(wkt: str, epsg: int) -> shapely.Geometry:
     import shapely
 
-    return in_zone(shapely.from_wkt(path.read_text()), epsg)
+    return in_zone(shapely.from_wkt(wkt), epsg)

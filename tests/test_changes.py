@@ -219,7 +219,7 @@ def test_places_mapped_at_one_date_are_left_out(tmp_path, model):
         ({"method": "minenetcd", "model": "demo-2026"}, "model demo-2026 looks at one date"),
         ({"threshold": 50.0}, "threshold 50.0 is a probability"),
         ({"table": "areas.xlsx"}, "table 'areas.xlsx' can't be written"),
-        ({"out": "s3://bucket/change.zarr"}, "is an address"),
+        ({"out": "ftp://host/change.zarr"}, "is an address that stores can't have"),
     ],
 )
 def test_bad_input_leaves_nothing(made, tmp_path, options, said):

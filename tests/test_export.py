@@ -22,7 +22,7 @@ from pystac.extensions.mlm import MLMExtension, TaskType
 from pystac.extensions.projection import ProjectionExtension
 from pystac.extensions.table import TableExtension
 
-from minemap.errors import InputError
+from minemap.errors import DamagedTileError, InputError
 from minemap.export import draw_picture, export
 from minemap.grid import grids
 from minemap.page import export_page
@@ -366,3 +366,21 @@ def test_bad_input_is_one_line_and_writes_nothing(case, made, minemap, tmp_path)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
     assert re.search(message, done.stderr), done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("layer", ["probability", "quicklook"])
+@pytest.mark.parametrize("name", ["map.tif", "map.png", "map.html"])
+def test_a_damaged_super_tile_is_named(layer, name, small, tmp_path):
+    store = tmp_path / "map.zarr"
+    shutil.copytree(small, store)
+    shutil.copytree(f"{small}.meta", f"{store}.meta")
+    for shard in (store / "utm32620" / layer / "c").rglob("*"):
+        if shard.is_file():
+            shard.write_bytes(b"damaged")
+    write = export_page if name.endswith("html") else export
+    if (layer, name) == ("quicklook", "map.tif"):
+        write(store, tmp_path / name)  # it holds nothing of the quicklook
+        return
+    with pytest.raises(DamagedTileError, match=rf"map.zarr/utm32620/{layer} is damaged within .* makes that place"):
+        write(store, tmp_path / name)
+    assert not (tmp_path / name).exists()

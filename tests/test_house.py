@@ -38,7 +38,7 @@ def test_environment_agrees_with_pyproject():
     assert f"python{PROJECT['requires-python']}" in text
     (extras,) = re.findall(r"-e \.\[(.*)\]", text)
     assert set(extras.split(",")) <= set(PROJECT["optional-dependencies"])
-    assert {"gpu", "imagenet", "notebooks", "test"} == set(PROJECT["optional-dependencies"])
+    assert {"az", "gpu", "gs", "imagenet", "notebooks", "s3", "test"} == set(PROJECT["optional-dependencies"])
 
 
 def test_version_is_one():

@@ -39,6 +39,7 @@ from minemap import __version__
 from minemap.errors import InputError, NoItemsError, StoreError
 from minemap.files import check_outside, read_json, write_atomically
 from minemap.grid import CHUNK, BBox, Grid, cell_grid, continuous_lonlat, grids, zone_epsg
+from minemap.places import local, remove
 from minemap.planning import Options
 from minemap.reader import Access
 from minemap.scenes import Period, Scenes, Source, parse_months, parse_period, search, search_area, sensor_at, source
@@ -282,7 +283,7 @@ def make_chips(
             _freeze(target, places, where, when, o)
         except NoItemsError:
             if not target.exists() and not any(target.meta.glob("chips/*.npz")):
-                shutil.rmtree(target.meta, ignore_errors=True)
+                remove(target.meta)
             raise
         reading = Reading(target, when, BANDS, o.rule, Access.of(where), o.reader)
         for done, place in enumerate(places):
@@ -300,12 +301,13 @@ def make_chips(
 def _target(out: str | Path, *, overwrite: bool) -> Store:
     """A store of which the folder beside it serves: lock, frozen scenes, and the chips until they are together."""
     target = Store.at(out)
+    local(target.path)
     if target.path.suffix not in (".zarr", ".npz"):
         raise InputError(f"output {target.path.name!r}: chips go to a name that ends in .zarr or .npz")
     check_outside(target.path)
     if target.exists() and not overwrite:
         raise StoreError(f"{target.path} exists: choose another output, or give --overwrite")
-    if target.path.exists() and not is_chips(target.path):
+    if target.path.exists() and not is_chips(local(target.path)):
         raise StoreError(f"{target.path} is not a set of chips: choose another output")
     return target
 
@@ -359,7 +361,7 @@ def _discard(target: Store) -> None:
     """Removes what only an unfinished set needs; parameters first, without which the rest counts for nothing."""
     (target.meta / "parameters.json").unlink(missing_ok=True)
     for name in ("chips", "cells", "items", "offsets"):
-        shutil.rmtree(target.meta / name, ignore_errors=True)
+        remove(target.meta / name)
 
 
 def _freeze(target: Store, places: list[Grid], where: Source, when: Period, o: Options) -> None:
@@ -392,7 +394,7 @@ def _found(bbox: BBox, where: Source, when: Period, o: Options) -> Scenes:
 
 
 def _chip_path(target: Store, place: Grid) -> Path:
-    return target.meta / "chips" / f"{name_of(place)}.npz"
+    return local(target.meta) / "chips" / f"{name_of(place)}.npz"
 
 
 def _make(place: Grid, labels: Labels, how: Reading) -> None:
@@ -436,12 +438,13 @@ def _put_together(
     table["items"] = np.array([str(_layer(target, p, "items")) for p in kept])
     if how.val and "val" not in table["split"]:
         warnings.warn("all chips lie in one block: none is left to validate with", stacklevel=2)
-    draft = target.path.with_name(f".{target.path.name}.draft")
+    out = local(target.path)
+    draft = out.with_name(f".{out.name}.draft")
     _remove(draft)
-    write = _write_zarr if target.path.suffix == ".zarr" else _write_npz
+    write = _write_zarr if out.suffix == ".zarr" else _write_npz
     write(draft, (_layer(target, p, "image") for p in kept), masks[seen], table, parameters)
-    _remove(target.path)
-    draft.rename(target.path)
+    _remove(out)
+    draft.rename(out)
     return table, masks[seen]
 
 
