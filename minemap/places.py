@@ -111,11 +111,12 @@ def move(draft: Place, name: str, last: str) -> None:
     if isinstance(draft, Path):
         draft.rename(draft.with_name(name))
         return
-    target = draft.with_name(name).path
-    found = [key.removeprefix(draft.path) for key in draft.fs.find(draft.path)]
-    for key in sorted(found, key=lambda key: key == f"/{last}"):
-        draft.fs.copy(draft.path + key, target + key)
-    remove(draft)
+    fs, source, target = draft.fs, draft.path, draft.with_name(name).path
+    others = [key.removeprefix(source) for key in fs.find(source) if key != f"{source}/{last}"]
+    with ThreadPoolExecutor(REQUESTS) as pool:
+        list(pool.map(lambda key: fs.cp_file(source + key, target + key), others))
+    fs.cp_file(f"{source}/{last}", f"{target}/{last}")
+    fs.rm(source, recursive=True)
 
 
 def put(place: UPath, data: bytes) -> None:

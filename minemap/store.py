@@ -246,10 +246,7 @@ class Store:
 
     def grid(self, group: str) -> Grid:
         """What the group's arrays cover."""
-        attributes: dict[str, Any] = dict(self._zone(group, "r").attrs)
-        a, _, left, _, _, top = (float(v) for v in attributes["spatial:transform"])
-        height, width = (int(v) for v in attributes["spatial:shape"])
-        return Grid(int(group.removeprefix("utm")), left, top, height, width, a)
+        return zones.grid_of(self._zone(group))
 
     def chunk(self, group: str) -> int:
         """Side of the group's super-tiles in pixels."""
@@ -288,7 +285,7 @@ class Store:
         """One super-tile of one period (None: of arrays without time): each of `layers` (…, y, x) into its shard."""
         self._check_run()
         zone = self._zone(tile.group, "r+")
-        row, column = tile.offset_in(self.grid(tile.group))
+        row, column = tile.offset_in(zones.grid_of(zone))
         for name, data in layers.items():
             scale = QUICKLOOK if name == "quicklook" else 1
             y = slice(row // scale, row // scale + data.shape[-2])
@@ -305,7 +302,7 @@ class Store:
     def read_tile(self, tile: Grid, index: int | None, name: str) -> np.ndarray:
         """A layer of a super-tile or a part of it, (…, y, x), as stored. Raises DamagedTileError."""
         zone = self._zone(tile.group, "r")
-        row, column = tile.offset_in(self.grid(tile.group))
+        row, column = tile.offset_in(zones.grid_of(zone))
         scale = QUICKLOOK if name == "quicklook" else 1
         y, x = (slice(n // scale, (n + side) // scale) for n, side in ((row, tile.height), (column, tile.width)))
         try:

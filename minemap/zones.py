@@ -226,6 +226,14 @@ def zone_attributes(grid: Grid) -> dict[str, Any]:
     }
 
 
+def grid_of(zone: zarr.Group) -> Grid:
+    """What a zone's arrays cover."""
+    about: dict[str, Any] = dict(zone.attrs)
+    resolution, _, left, _, _, top = (float(v) for v in about["spatial:transform"])
+    height, width = (int(v) for v in about["spatial:shape"])
+    return Grid(int(about["proj:code"].removeprefix("EPSG:")), left, top, height, width, resolution)
+
+
 def _small(group: zarr.Group, name: str, data: np.ndarray, dims: tuple[str, ...], about: dict[str, Any]) -> None:
     chunks = tuple(max(1, side) for side in data.shape)
     array = group.create_array(
