@@ -10,7 +10,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import fields
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -234,7 +234,8 @@ def _map(a: argparse.Namespace) -> int:
     if a.dry_run:
         from .report import estimate
 
-        _say(a, estimate(plan(bbox, a.date, a.out, **_options(a))))
+        with _logged(a):
+            _say(a, estimate(plan(bbox, a.date, a.out, **_options(a))))
         return 0
     with _progress(a) as progress:
         summary = map_area(
@@ -261,16 +262,16 @@ def _say(a: argparse.Namespace, values: dict[str, Any], text: str | None = None)
 @contextmanager
 def _progress(a: argparse.Namespace, unit: str = "super-tiles") -> Iterator[Callable[[int, int], None] | None]:
     """A bar on a terminal, plain lines when piped, nothing with --quiet; on standard error."""
-    if a.quiet:
-        yield None
-        return
-    with _logged(), _bar(unit) as progress:
+    with _logged(a), nullcontext() if a.quiet else _bar(unit) as progress:
         yield progress
 
 
 @contextmanager
-def _logged() -> Iterator[None]:
-    """What minemap logs, such as the address of a cluster's dashboard, on standard error."""
+def _logged(a: argparse.Namespace) -> Iterator[None]:
+    """What minemap logs, such as the address of a cluster's dashboard, on standard error; nothing with --quiet."""
+    if a.quiet:
+        yield
+        return
     log, handler = logging.getLogger("minemap"), logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("minemap: %(message)s"))
     log.addHandler(handler)
@@ -352,7 +353,8 @@ def _series(a: argparse.Namespace) -> None:
     bbox = _numbers(a.bbox, float, "--bbox") if a.bbox else None
     own = {name: getattr(a, name) for name in ("table", "chart", "sites", "buffer", "threshold", "consistency")}
     if a.dry_run:
-        plans = plan_years(bbox, a.years, a.out, **own, **_options(a))
+        with _logged(a):
+            plans = plan_years(bbox, a.years, a.out, **own, **_options(a))
         _say(a, {str(year): estimate(made) for year, made in plans.items()})
         return
     with _progress(a) as progress:

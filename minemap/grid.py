@@ -26,7 +26,10 @@ CELL = 20_480  # metres, side of the cell for which scenes are chosen, on the la
 MAX_LATITUDE = 84.0
 SAG = 1e-3  # degrees; the edges of a super-tile bend less than that between five points, a window's between two
 
+DEGREE = 110_500.0  # metres, of latitude at least
+
 BBox = tuple[float, float, float, float]  # west, south, east, north
+Windows = tuple[int, int, int, int]  # first row, end row, first column, end column
 
 
 @dataclass(frozen=True)
@@ -151,6 +154,12 @@ class Grid:
                 parts += [(r, c, box) for r in _halved(rows) for c in _halved(columns)]
         return mask
 
+    def _rim_meets(self, box: BBox) -> bool:
+        """Whether the centre of a pixel of the first or last row or column lies in `box`."""
+        y, x = self.y, self.x
+        rims = ((y, x[[0, -1]]), (y[[0, -1]], x))
+        return any(bool(_in_box(self._degrees(*rim), box).any()) for rim in rims)
+
     def _degrees(self, y: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return continuous_lonlat(self.epsg, *np.meshgrid(x, y))
 
@@ -207,27 +216,52 @@ def grids(bbox: BBox, chunk: int = CHUNK, *, extent: str = "bbox", resolution: f
     return found
 
 
-def wanted_windows(tile: Grid, bbox: BBox) -> tuple[int, int, int, int] | None:
-    """First row, end row, first column, end column (in 256-px squares) of `tile` that hold pixels of `bbox`.
+def wanted_tiles(grid: Grid, chunk: int, bbox: BBox) -> Iterator[tuple[Grid, Windows]]:
+    """The super-tiles of `chunk` px that hold pixels of `bbox`, each with its windows that do.
 
-    Called windows here, in Work and in the ledger; those of the network are centred on their corners (tiles.Layout).
-    Only owned pixels count. None when there are none. A window with a corner pixel in the box holds one; its other
-    pixels are looked at only where no corner is in the box though the box may reach between them.
+    Windows: first row, end row, first column, end column, in 256-px squares of the super-tile. They are called
+    windows here, in Work and in the ledger; those of the network are centred on their corners (tiles.Layout). Only
+    owned pixels count. The grid must be padded to super-tiles.
     """
-    shape = tile.height // WINDOW, tile.width // WINDOW
-    y, x = (_ends(centres) for centres in (tile.y, tile.x))
-    lon, lat = (_by_window(degrees, shape) for degrees in tile._degrees(y, x))
+    side = chunk // WINDOW
+    for row in range(0, grid.height, chunk):
+        strip = grid.window(row, 0, chunk, grid.width)
+        wanted = _wanted_windows(strip, _parts_in(grid.epsg, bbox))
+        for first in range(0, wanted.shape[1], side):
+            own = wanted[:, first : first + side]
+            if own.any():
+                rows, columns = np.flatnonzero(own.any(axis=1)), np.flatnonzero(own.any(axis=0))
+                windows = int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
+                yield strip.window(0, first * WINDOW, chunk, chunk), windows
+
+
+def _wanted_windows(strip: Grid, boxes: list[BBox]) -> np.ndarray:
+    """Which windows hold a pixel of `boxes`, bool (row, column).
+
+    One with a corner pixel in a box does; others are looked at only where a box may reach between their corners.
+    """
+    shape = strip.height // WINDOW, strip.width // WINDOW
+    y, x = (_ends(centres) for centres in (strip.y, strip.x))
+    lon, lat = (_by_window(degrees, shape) for degrees in strip._degrees(y, x))
     wanted = np.zeros(shape, bool)
-    for box in _parts_in(tile.epsg, bbox):
+    for box in boxes:
         inside = np.asarray(_in_box((lon, lat), box).any(axis=-1))
         for row, column in np.argwhere(~inside & ~wanted & _may_meet((lon, lat), box)):
-            window = tile.window(row * WINDOW, column * WINDOW, WINDOW, WINDOW)
-            inside[row, column] = window._within([box]).any()
+            window = strip.window(row * WINDOW, column * WINDOW, WINDOW, WINDOW)
+            inside[row, column] = window._rim_meets(box) if _is_large(box, strip) else window._within([box]).any()
         wanted |= inside
-    rows, columns = np.flatnonzero(wanted.any(axis=1)), np.flatnonzero(wanted.any(axis=0))
-    if not rows.size:
-        return None
-    return int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
+    return wanted
+
+
+def _is_large(box: BBox, grid: Grid) -> bool:
+    """Whether a box is at least three windows wide and high, so that it can't reach into one without its rim.
+
+    From a pixel of such a box, one of the four diagonals stays in the box for as many steps as a window has: the one
+    towards its far corner. UTM turns a box by 3 degrees at most, which is far from the 45 that this would take.
+    """
+    west, south, east, north = box
+    least = 3 * WINDOW * grid.resolution / DEGREE
+    return north - south >= least and (east - west) * math.cos(math.radians(max(abs(south), abs(north)))) >= least
 
 
 def _ends(centres: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
@@ -14,7 +15,7 @@ from .checkpoint import Checkpoint, load_model
 from .compositing import Rule
 from .cube import READERS
 from .errors import InputError, NoItemsError
-from .grid import CHUNK, CHUNKS, WINDOW, BBox, Grid, cell_side, check_bbox, grids, wanted_windows
+from .grid import CHUNK, CHUNKS, WINDOW, BBox, Grid, cell_side, check_bbox, grids, wanted_tiles
 from .inference import Settings, one_date
 from .scenes import (
     MARGIN,
@@ -39,6 +40,9 @@ from .water import BODY_HA, UNLIKELY
 
 if TYPE_CHECKING:
     import shapely
+
+log = logging.getLogger("minemap")
+FEW = 3  # zones that are searched without a word
 
 
 @dataclass(frozen=True)
@@ -224,12 +228,9 @@ def _wanted(grid: Grid, bbox: BBox, limits: list[shapely.Geometry], options: Opt
     import shapely
 
     within = [in_zone(area, grid.epsg) for area in limits]
-    for tile in grid.tiles(options.chunk):
-        if not all(area.intersects(shapely.box(*tile.bounds)) for area in within):
-            continue
-        windows = wanted_windows(tile, bbox)
-        if windows is not None:
-            side = options.chunk // WINDOW
+    side = options.chunk // WINDOW
+    for tile, windows in wanted_tiles(grid, options.chunk, bbox):
+        if all(area.intersects(shapely.box(*tile.bounds)) for area in within):
             yield Work(tile, windows if options.extent == "bbox" else (0, side, 0, side))
 
 
@@ -241,7 +242,10 @@ def _with_scenes(made: Plan) -> Plan:
     frozen = {c for c in cells if use_frozen and store and holds_choice(store, c, made)}
     chosen: dict[tuple[str, tuple[int, int]], list[Acquisition]] = {}
     empty: list[NoItemsError] = []
-    for epsg in sorted({epsg for epsg, _ in cells - frozen}):
+    searched = sorted({epsg for epsg, _ in cells - frozen})
+    for n, epsg in enumerate(searched, 1):
+        if len(searched) > FEW:
+            log.info("searching %s of %s, zone %d of %d", made.period, f"utm{epsg}", n, len(searched))
         zone = [w.tile for w in made.work if w.tile.epsg == epsg and (epsg, w.tile.cell) not in frozen]
         try:
             items = search(

@@ -531,7 +531,7 @@ def _cell_polygon(cell: Grid) -> shapely.Polygon:
     margin = MARGIN * cell.resolution
     around = box(left - margin, bottom - margin, right + margin, top + margin)
     x, y = shapely.get_coordinates(shapely.segmentize(around, (right - left) / 8)).T
-    return shapely.Polygon(list(zip(*continuous_lonlat(cell.epsg, x, y), strict=True)))
+    return shapely.polygons(np.stack(continuous_lonlat(cell.epsg, x, y), axis=1))
 
 
 def search_area(grid: Grid) -> BBox:

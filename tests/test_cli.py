@@ -184,6 +184,16 @@ def test_dry_run_writes_nothing_and_loads_no_torch(scene, model, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_plan_of_many_zones_tells_where_it_is(scene, minemap):
+    wide = ("--bbox", -75, 6.2, -45, 6.3, "--date", 2023, "--stac", scene.items, "--dry-run")
+    told = minemap("map", *wide, "--out", "map.zarr")
+    assert told.returncode == 0, told.stderr
+    zones = [line for line in told.stderr.splitlines() if "searching" in line]
+    assert zones[0] == "minemap: searching 2023-01-01/2023-12-31 of utm32618, zone 1 of 6"
+    assert len(zones) == 6
+    assert "searching" not in minemap("map", *wide, "--out", "map.zarr", "--quiet").stderr
+
+
 def sections():
     """Command -> its section of the README, with that of `map`, whose options many share."""
     parts = re.split(r"^### ", (ROOT / "README.md").read_text(), flags=re.MULTILINE)[1:]
