@@ -78,6 +78,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "lwm": {"selection": "standard", "attention": 1.0},
     "minec2fnet_fresh": {**STUDENT, "fresh": True, **SCRATCH},
     "minec2fnet_replay": {**STUDENT, "replay": 0.25},
+    "replay_fresh": {**STUDENT, "fresh": True, **SCRATCH, "replay": 0.25},
     "replay_half": {**STUDENT, "replay": 0.5},
     "replay_long": {**STUDENT, "replay": 0.5, "epochs": 30},
     "replay_standard": {**STUDENT, "replay": 0.5, "selection": "standard"},
@@ -85,6 +86,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "fewer_fpn_fine": {**SCRATCH, **FEWER},
     "fewer_fpn_finetune": {**FEWER},
     "fewer_minec2fnet": {**STUDENT, **FEWER},
+    "fewer_fresh": {**STUDENT, "fresh": True, **SCRATCH, **FEWER},
+    "fewer_replay": {**STUDENT, "replay": 0.25, **FEWER},
+    "fewer_replay_fresh": {**STUDENT, "fresh": True, **SCRATCH, "replay": 0.25, **FEWER},
     "large_fpn_fine": {**SCRATCH, **LARGE},
     "large_fpn_finetune": {**LARGE},
     "large_minec2fnet": {**STUDENT, **LARGE},
@@ -119,11 +123,14 @@ TABLES = {
         ("fpn_fine", "fpn_finetune"),
     ),
     "replay": (
-        ("minec2fnet", "minec2fnet_replay", "replay_half", "replay_long", "replay_standard"),
+        ("minec2fnet", "minec2fnet_replay", "replay_fresh", "replay_half", "replay_long", "replay_standard"),
         ("minec2fnet",),
     ),
     "fewer": (
-        ("fewer_fpn_fine", "fewer_fpn_finetune", "fewer_minec2fnet"),
+        (
+            *("fewer_fpn_fine", "fewer_fpn_finetune", "fewer_minec2fnet"),
+            *("fewer_fresh", "fewer_replay", "fewer_replay_fresh"),
+        ),
         ("fewer_fpn_fine", "fewer_fpn_finetune"),
     ),
     "large": (
