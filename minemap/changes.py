@@ -279,7 +279,8 @@ def change(
     plan = Plan.of(path, before, after, out, method=method, model=model, table=table, threshold=threshold)
     store = plan.job.store
     store.check(plan.parameters, plan.grids, overwrite=overwrite)
-    with connect(cluster, workers) if client is None else nullcontext(client) as connected, store.locked():
+    with connect(cluster, workers) if client is None else nullcontext(client) as connected, store.locked() as own:
+        plan = replace(plan, job=replace(plan.job, store=own))
         if connected is not None:
             check_workers(connected, store.meta, plan.job.detector.checkpoint if plan.job.detector else None)
         plan.prepare(overwrite=overwrite)

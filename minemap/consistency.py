@@ -82,7 +82,8 @@ def make_consistent(path: str | Path) -> None:
     threshold = store.attributes()["recipe"]["threshold"]
     if not store.meta.is_dir():
         raise StoreError(f"{store.path} has lost {store.meta.name}: put it beside the store again")
-    with store.locked():
+    with store.locked() as store:
+        digests = {group: ledger_digest(store, group) for group in store.groups()}
         periods = sorted_periods(store)
         times = [period.start.toordinal() / 365.2425 for period in periods]
         for group in store.groups():
@@ -95,8 +96,8 @@ def make_consistent(path: str | Path) -> None:
             for period, data in zip(periods, values, strict=True):
                 if period in present:
                     store.write_tile(tile, present.index(period), {CONSISTENT: data})
-        for group in store.groups():
-            store.add_consistent(group, ledger_digest(store, group))
+        for group, digest in digests.items():
+            store.add_consistent(group, digest)
         store.consolidate()
 
 

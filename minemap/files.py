@@ -7,13 +7,13 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from .errors import InputError
-from .places import Place, put, read
+from .places import Place, is_address, put, read
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -84,13 +84,16 @@ def drafted(out: Path) -> Iterator[Path]:
 def check_outside(path: Place, role: str = "output") -> None:
     """Raises InputError for a place within a Zarr store, which would take it for a part of its own."""
     for folder in path.resolve().parents:
-        if (folder / "zarr.json").exists():
-            raise InputError(f"{role} {path} lies within the store {folder}: choose a place beside it")
+        with suppress(PermissionError):  # whoever may write to a part of a bucket may not see the rest
+            if (folder / "zarr.json").exists():
+                raise InputError(f"{role} {path} lies within the store {folder}: choose a place beside it")
 
 
 def check_file(path: Path, role: str = "output") -> None:
     """Raises InputError unless a file of that name can be written."""
     folder = path.absolute().parent
+    if is_address(path):
+        raise InputError(f"{role} {path} is an address: only maps can be there, give the name of a file")
     if path.is_dir():
         raise InputError(f"{role} {path} is a folder: give the name of a file")
     check_outside(path, role)

@@ -49,10 +49,10 @@ def map_area(
     start = time.monotonic()
     made = plan(bbox, date, out, **options)
     store = Store.at(out)
-    with connect(cluster, workers) if client is None else nullcontext(client) as connected, store.locked():
+    with connect(cluster, workers) if client is None else nullcontext(client) as connected, store.locked() as own:
         if connected is not None:
             check_workers(connected, store.meta, made.checkpoint)
-        job = _job(made, store, _prepare(made, store), worker_count(connected))
+        job = _job(made, own, _prepare(made, own), worker_count(connected))
         counts = run_tiles(made.work, job, connected, progress)
     return _summary(made, store, counts, time.monotonic() - start)
 

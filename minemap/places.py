@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -20,8 +21,9 @@ if TYPE_CHECKING:
     from upath import UPath
 
 Place: TypeAlias = "Path | UPath"
-# How an address starts -> the extra of minemap that reaches it
-SCHEMES = {"s3": "s3", "gs": "gs", "gcs": "gs", "az": "az", "abfs": "az", "abfss": "az"}
+# How an address starts -> the package that reaches it
+SCHEMES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "abfss": "adlfs"}
+PATTERNS = set("*?[]")  # fsspec takes them for names of many objects, when it deletes as well
 ANEW = {"use_listings_cache": False}  # for fsspec: others write, too
 WHOLE = {"s3": {"max_concurrency": 1}}  # else s3fs asks for the size before each read
 REQUESTS = 32  # at a time, of those that wait for a network
@@ -31,11 +33,17 @@ AHEAD = 1024  # files read ahead of who takes them
 def place_of(name: str | Place) -> Place:
     """The place that a user names: a path, an address, or a UPath with options of its own.
 
-    Raises InputError for an address of another kind, or where the packages for it are missing.
+    Raises InputError for an address of another kind, or where the packages for it are missing; StoreError where its
+    provider needs to be told more.
     """
-    scheme, separator, _ = str(name).partition("://")
-    if not separator or isinstance(name, Path):
-        return Path(str(name)).expanduser().resolve()
+    scheme, separator, key = str(name).partition("://")
+    if isinstance(name, Path) and is_address(name):
+        raise InputError(f"{name} is an address within a Path, which loses a part of it: give it as a string")
+    if not separator:
+        return Path(name).expanduser().resolve()  # type: ignore[arg-type]
+    if "//" in key or PATTERNS & set(key):
+        marks = " ".join(sorted(PATTERNS))
+        raise InputError(f"{name}: an address may have none of {marks} and no // in it, choose another name")
     if scheme not in SCHEMES:
         known = ", ".join(f"{scheme}://" for scheme in SCHEMES)
         raise InputError(f"{name} is an address that stores can't have: give a folder, or one of {known}")
@@ -46,10 +54,16 @@ def place_of(name: str | Place) -> Place:
         place = UPath(str(name).rstrip("/"), **options)
         _ = place.fs
     except ImportError as error:
-        raise InputError(
-            f"{name} needs packages that are not installed: pip install 'minemap[{SCHEMES[scheme]}]' ({error})"
-        ) from error
+        needed = f"pip install {SCHEMES[scheme]} universal-pathlib"
+        raise InputError(f"{name} needs packages that are not installed: {needed} ({error})") from error
+    except Exception as error:  # each provider's library has its own
+        raise StoreError(f"{name} can't be reached: {first_line(error)}") from error
     return place
+
+
+def is_address(path: Path) -> bool:
+    """Whether a path was made from an address: s3:/bucket/map.zarr."""
+    return path.parts[:1] in [(f"{scheme}:",) for scheme in SCHEMES]
 
 
 def local(place: Place) -> Path:
@@ -70,11 +84,24 @@ def for_zarr(place: Place) -> Any:
 
 def check_reachable(place: Place) -> None:
     """Raises InputError for a name that no file can have, StoreError for object storage that does not answer."""
+    if not isinstance(place, Path):
+        with _answered(place):
+            place.exists()
+        return
     try:
         place.exists()
-    except Exception as error:  # each provider's library has its own
-        if isinstance(place, Path) and isinstance(error, OSError):
-            raise InputError(f"output {str(place)[:80]!r}: {error.strerror}, choose another name") from error
+    except OSError as error:
+        raise InputError(f"output {place.name[:80]!r}: {error.strerror}, choose another name") from error
+
+
+@contextmanager
+def _answered(place: UPath) -> Iterator[None]:
+    """Around requests: what each provider's library has of errors is a StoreError, but for what is not there."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except Exception as error:
         raise StoreError(f"{place} can't be reached: {first_line(error)}") from error
 
 
@@ -101,8 +128,10 @@ def remove(place: Place) -> None:
     """What lies there with all below it, if anything does."""
     if isinstance(place, Path):
         shutil.rmtree(place, ignore_errors=True)
-    elif place.exists():
-        place.fs.rm(place.path, recursive=True)
+        return
+    with _answered(place):
+        if place.exists():
+            place.fs.rm(place.path, recursive=True)
 
 
 def move(draft: Place, name: str, last: str) -> None:
@@ -113,10 +142,10 @@ def move(draft: Place, name: str, last: str) -> None:
         return
     fs, source, target = draft.fs, draft.path, draft.with_name(name).path
     others = [key.removeprefix(source) for key in fs.find(source) if key != f"{source}/{last}"]
-    with ThreadPoolExecutor(REQUESTS) as pool:
+    with _answered(draft), ThreadPoolExecutor(REQUESTS) as pool:
         list(pool.map(lambda key: fs.cp_file(source + key, target + key), others))
-    fs.cp_file(f"{source}/{last}", f"{target}/{last}")
-    fs.rm(source, recursive=True)
+        fs.cp_file(f"{source}/{last}", f"{target}/{last}")
+        fs.rm(source, recursive=True)
 
 
 def put(place: UPath, data: bytes) -> None:
@@ -139,7 +168,9 @@ def read_all(places: Sequence[Place]) -> Iterator[bytes | None]:
 
 def read(place: Place) -> bytes | None:
     """What a small file holds, None where it is gone."""
-    try:
-        return place.read_bytes() if isinstance(place, Path) else place.fs.cat_file(place.path)
-    except FileNotFoundError:
-        return None
+    with suppress(FileNotFoundError):
+        if isinstance(place, Path):
+            return place.read_bytes()
+        with _answered(place):
+            return place.fs.cat_file(place.path)
+    return None

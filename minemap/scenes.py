@@ -37,6 +37,7 @@ SOURCES = {
 }
 PLANETARY_COMPUTER = "MINEMAP_PLANETARY_COMPUTER"  # variable: the STAC root of another instance of it
 COLLECTION = "sentinel-2-l2a"
+EMPTY_PAGES = 5  # in a row, after which nothing follows
 PAGE = 100  # items a page; larger answers exceed what Earth Search sends
 TIMEOUT = (5, 30)  # seconds to connect, to read
 SAME_GROUND = 0.9  # share of an item's ground that a newer one shows, for it to be an older version of that
@@ -270,15 +271,18 @@ def _from_api(where: Source, bbox: BBox, period: Period) -> Iterator[Item]:
 
 def _pages(found: ItemSearch, io: StacApiIO) -> Iterator[list[Item]]:
     """The items of each page, up to the last link. pystac-client takes a page without items for the end: an empty one
-    that others follow, and an error that was sent as a page (a KeyError here)."""
+    that others follow, and an error that was sent as a page (a KeyError here). Some servers link from their last page
+    to empty ones for ever: after EMPTY_PAGES of these it is the end."""
     from pystac import Link
 
     parameters = found.get_parameters()
     page = io.read_json(found.url, method=found.method, parameters=parameters)
+    empty = 0
     while True:
         yield page["features"]
-        following = [link for link in page.get("links", []) if link["rel"] == "next"]
-        if not following:
+        empty = 0 if page["features"] else empty + 1
+        following = [link for link in page.get("links") or [] if link["rel"] == "next"]
+        if not following or empty == EMPTY_PAGES:
             return
         page = io.read_json(Link.from_dict(following[0]), parameters=parameters)
 
@@ -289,7 +293,7 @@ def _without_end(pages: Iterable[list[Item]], url: str) -> Iterator[Item]:
     read = 0
     for page in pages:
         seen.update(item["id"] for item in page)
-        read += max(1, len(page))
+        read += len(page)
         if read > 2 * (len(seen) + PAGE):
             raise CatalogueError(f"STAC source {url}: its pages repeat themselves without an end")
         yield from page

@@ -151,7 +151,8 @@ class Store:
     def create(self, attributes: dict[str, Any]) -> None:
         """An empty store, in place of whatever of ours was there."""
         make_folder(self.path.parent)
-        draft = self.path.with_name(f".{self.path.name}.{uuid4().hex}")
+        self._check_run()
+        draft = self.path.with_name(f".{self.path.name}.{uuid4().hex[:8]}")
         try:
             about = {"minemap:layout": VERSION, "minemap:kind": self.kind, **attributes}
             zarr.create_group(for_zarr(draft), zarr_format=3, attributes=about)
@@ -167,8 +168,8 @@ class Store:
             remove(draft)
 
     def bound(self) -> Store:
-        """This store as it was made last and by the run that began last, for the tasks of that run."""
-        return replace(self, making=self._name(MAKING), run=self._name(RUN))
+        """This store as it was made last, for the tasks of its run; of the run that began last where it has none."""
+        return replace(self, making=self._name(MAKING), run=self.run or self._name(RUN))
 
     def _name(self, file: str) -> str | None:
         data = read(self.meta / file)
@@ -178,14 +179,14 @@ class Store:
         """Raises StoreError in a task of a run that another one has followed."""
         if self.making is not None and self._name(MAKING) != self.making:
             raise StoreError(f"{self.path} was made anew while this run was writing to it: start it again")
-        if self.run is not None and self._name(RUN) != self.run:
+        if self.run is not None and self._name(RUN) not in (self.run, None):
             raise StoreError(f"{self.path} is being written by a run that began after this one: start it again")
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Only one run at a time writes to a store. The lock goes with the process that holds it; tasks on a cluster
-        may live on, so each run has a name of its own. In object storage there is the name alone: the run that began
-        last goes on, an earlier one ends at its next write."""
+    def locked(self) -> Iterator[Store]:
+        """Only one run at a time writes to a store, through what this yields. The lock goes with the process that
+        holds it; tasks on a cluster may live on, so each run has a name of its own. In object storage there is the
+        name alone: the run that began last goes on, an earlier one ends at its next write."""
         make_folder(self.meta)
         with ExitStack() as held:
             if isinstance(self.meta, Path):
@@ -195,8 +196,13 @@ class Store:
                     raise StoreError(
                         f"{self.path} is being written by another run: wait for it, or choose another output"
                     ) from None
-            write_atomically(self.meta / RUN, uuid4().hex)
-            yield
+            own = replace(self, run=uuid4().hex)
+            write_atomically(self.meta / RUN, str(own.run))
+            try:
+                yield own
+            except Exception:
+                own._check_run()  # for want of what a later run took away, perhaps
+                raise
 
     # --- zones and periods --------------------------------------------------------------------------------------
 
@@ -227,18 +233,24 @@ class Store:
     @contextmanager
     def _new_zone(self, grid: Grid) -> Iterator[zarr.Group | None]:
         """A zone's group to fill, under another name until it is whole; None where it is there already."""
+        self._check_run()
         for left_over in self.path.glob("draft-*"):
             remove(left_over)
         if grid.group in self.groups():
             yield None
             return
-        draft = f"draft-{grid.group}"
+        draft = f"draft-{grid.group}-{uuid4().hex[:8]}"
         yield self._zone("", "r+").create_group(draft, attributes=zones.zone_attributes(grid))
+        self._check_run()
         move(self.path / draft, grid.group, "zarr.json")
 
     def add_period(self, group: str, period: Period) -> int:
         """Index of `period` on the group's time axis, appended when it is new. Call it under `locked`."""
-        return zones.add_period(self._zone(group, "r+"), period)
+        self._check_run()
+        index = zones.add_period(self._zone(group, "r+"), period)
+        if self.periods(group)[index : index + 1] != [period]:
+            raise StoreError(f"{self.path} was written by another run at the same time: start this one again")
+        return index
 
     def periods(self, group: str) -> list[Period]:
         """In the order of the time axis."""
@@ -265,6 +277,7 @@ class Store:
 
     def consolidate(self) -> None:
         """Metadata of every group in one place, so that opening it takes one read."""
+        self._check_run()
         zones.consolidate(for_zarr(self.path), self.groups())
 
     def add_consistent(self, group: str, source: str | None) -> None:
@@ -272,6 +285,7 @@ class Store:
 
         source: a digest of the records that it is derived from, None as long as it is not whole.
         """
+        self._check_run()
         zones.consistent_array(self._zone(group, "r+"), self.grid(group)).attrs["source"] = source
 
     def consistent_source(self, group: str) -> str | None:
@@ -382,6 +396,7 @@ class Store:
 
     def write_cell(self, group: str, cell: tuple[int, int], period: Period, ids: list[list[str]]) -> None:
         """Freezes the choice for a cell: item ids, one list an acquisition."""
+        self._check_run()
         write_atomically(self.cell_path(group, cell, period), json.dumps(ids))
 
     def read_cell(self, group: str, cell: tuple[int, int], period: Period) -> list[list[str]] | None:
@@ -396,6 +411,7 @@ class Store:
 
     def write_items(self, items: list[Item]) -> None:
         """Adds items to those that were used, one file each and all in `items.json`, an ItemCollection."""
+        self._check_run()
         self.keep_items(items)
         every = [item for data in read_all(self._item_paths()) if (item := _item(data))]
         write_atomically(self.meta / "items.json", json.dumps({"type": "FeatureCollection", "features": every}))

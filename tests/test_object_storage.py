@@ -108,6 +108,7 @@ def test_a_killed_run_goes_on(bucket, inner, options, on_disk):
         ledger = place_of(f"{out}.meta/ledger")
         while run.poll() is None and not list(ledger.glob("*/*/*.json")):
             time.sleep(0.1)
+        assert run.poll() is None
         run.kill()
     summary = mm.map_area(inner, "2023", out, **options)
     assert summary["super_tiles_computed"] < summary["super_tiles_done"] == summary["super_tiles"]
@@ -144,7 +145,10 @@ def test_what_people_take_away_is_the_same(there, on_disk, minemap, tmp_path):
             assert told.returncode == 0, told.stderr
     for name in ("map.tif", "map.geojson", "map.png"):
         assert (tmp_path / "there" / name).read_bytes() == (tmp_path / "here" / name).read_bytes()
-    assert "2023-01-01/2023-12-31: 4 super-tiles" in minemap("info", there).stdout
+    assert "2023-01-01/2023-12-31: 4 super-tiles" in minemap("info", f"{there}/").stdout
+    told = minemap("export", there, "s3://maps/map.tif")
+    assert told.returncode == 2
+    assert "is an address: only maps can be there, give the name of a file" in told.stderr
 
 
 def test_so_are_areas_and_change(two_years, bucket, tmp_path):
@@ -178,13 +182,55 @@ def test_a_zone_whose_making_stopped_is_made_again(copied, inner, options, on_di
 def test_the_run_that_began_last_goes_on(two_years):
     store = Store.at(two_years[0])
     (tile, *_) = store.done("utm32620", YEAR)
-    with store.locked():
-        earlier = store.bound()
-        with store.locked():
-            with pytest.raises(StoreError, match="is being written by a run that began after this one"):
-                earlier.write_record(tile, YEAR, {"windows": [0, 2, 0, 2]})
-            store.bound().write_record(tile, YEAR, {"windows": [0, 2, 0, 2], "by": "the later"})
+    late = "is being written by a run that began after this one"
+    with pytest.raises(StoreError, match=late), store.locked() as earlier:
+        with store.locked() as later:
+            for write in (
+                lambda: earlier.bound().write_record(tile, YEAR, {"windows": [0, 2, 0, 2]}),
+                lambda: earlier.add_period(tile.group, parse_period("2024")),
+                lambda: earlier.add_consistent(tile.group, None),
+                lambda: earlier.create({}),
+                earlier.consolidate,
+            ):
+                with pytest.raises(StoreError, match=late):
+                    write()
+            later.bound().write_record(tile, YEAR, {"windows": [0, 2, 0, 2], "by": "the later"})
+        raise KeyError("what the later run took away")
     assert store.record(tile, YEAR)["by"] == "the later"
+    assert parse_period("2024") not in store.periods(tile.group)
+
+
+def test_of_two_runs_at_once_none_spoils_the_other(copied, bucket, inner, options, tmp_path):
+    dates = ("2023-01/2023-08", "2023-05/2023-12")
+    told = ["--stac", options["stac"], "--model", options["model"], "--chunk", 512, "--min-clear", 1, "--quiet"]
+    copied = f"{bucket}/two.zarr"
+    words = [["map", "--bbox", *inner, "--date", date, "--out", copied, *told] for date in dates]
+    commands = [[sys.executable, "-m", "minemap", *map(str, line)] for line in words]
+    runs = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
+    ends = [(run.communicate()[1], run.returncode) for run in runs]
+    assert 0 in [status for _, status in ends]
+    for date, command, (line, status) in zip(dates, commands, ends, strict=True):
+        if status:
+            assert "by a run that began after this one" in line or "at the same time" in line, line
+            subprocess.run(command, check=True)
+        mm.map_area(inner, date, tmp_path / "map.zarr", min_clear=1, **options)
+    there, here = mm.open_map(copied), mm.open_map(tmp_path / "map.zarr")
+    np.testing.assert_array_equal(there.time_bounds, here.time_bounds)
+    np.testing.assert_array_equal(there.probability, here.probability)
+    assert float(abs(there.probability[0] - there.probability[1]).max()) > 0  # two dates that differ
+
+
+def test_a_new_zone_counts_when_it_is_whole(copied):
+    order = []
+    copy = copied.fs.cp_file
+    copied.fs.cp_file = lambda source, target: (order.append(target), copy(source, target))
+    try:
+        Store.at(copied).add_zone(Grid(32621, 512 * 900, 512 * 1360, 512, 512), 512, None)
+    finally:
+        copied.fs.cp_file = copy
+    assert len(order) > 10
+    assert order[-1] == f"{copied.path}/utm32621/zarr.json"
+    assert Store.at(copied).groups() == ["utm32620", "utm32621"]
 
 
 def test_a_damaged_super_tile_is_named_and_made_again(copied, inner, options, on_disk, minemap):
@@ -203,11 +249,14 @@ def test_a_damaged_super_tile_is_named_and_made_again(copied, inner, options, on
         ("s3://nomaps/map.zarr", {}, 1, "map.zarr.meta/run can't be written: The specified bucket does not exist"),
         ("s3://maps", {}, 2, "output s3://maps has no name: give the name of a store"),
         ("s3://maps/map.zarr", {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, 1, "map.zarr can't be reached: Could not"),
+        ("s3://maps/whole/map.zarr/m.zarr", {}, 2, "lies within the store s3://maps/whole/map.zarr: choose a place"),
+        ("s3://maps/map*.zarr", {}, 2, "an address may have none of"),
+        ("s3://maps//map.zarr", {}, 2, "and no // in it, choose another name"),
         ("ftp://maps/map.zarr", {}, 2, "give a folder, or one of s3://"),
-        ("gs://maps/map.zarr", {}, 2, "pip install 'minemap[gs]'"),
+        ("gs://maps/map.zarr", {}, 2, "pip install gcsfs universal-pathlib"),
     ],
 )
-def test_refusals_are_one_line(out, environment, status, line, bucket, inner, options, minemap, monkeypatch):
+def test_refusals_are_one_line(out, environment, status, line, bucket, there, inner, options, minemap, monkeypatch):
     if out.startswith("gs"):
         monkeypatch.setitem(sys.modules, "gcsfs", None)
     for name, value in environment.items():

@@ -112,8 +112,6 @@ def test_bad_searches(tmp_path):
 def test_pages_that_lead_to_each_other_end():
     with pytest.raises(CatalogueError, match="its pages repeat themselves without an end"):
         list(_without_end(([{"id": str(n % 150)}] for n in itertools.count()), "http://catalogue"))
-    with pytest.raises(CatalogueError, match="its pages repeat themselves without an end"):
-        list(_without_end(itertools.repeat([]), "http://catalogue"))
     assert len(list(_without_end(([{"id": str(n)}] for n in range(1000)), "http://catalogue"))) == 1000
 
 

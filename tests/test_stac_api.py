@@ -77,9 +77,10 @@ def test_an_address_below_the_api_is_said(api, scene):
 
 
 class Pages(RangeHandler):
-    """A STAC API whose search has three pages, the second one without items."""
+    """A STAC API whose search has three pages with an item each, but for the second, and then empty ones."""
 
     second: ClassVar[dict] = {}
+    last = 3
 
     def do_GET(self):  # noqa: N802 (the protocol's name)
         here = "http://" + self.headers["Host"]
@@ -88,8 +89,9 @@ class Pages(RangeHandler):
         search = {"rel": "search", "href": f"{here}/search", "type": "application/geo+json", "method": "POST"}
         number = int(parse_qs(urlsplit(self.path).query).get("page", ["1"])[0])
         found = item(f"S2A_{number}", f"2023-05-0{number}", BOX, {"blue": f"{here}/b.tif"})
-        page = self.second if number == 2 else {"type": "FeatureCollection", "features": [found]}
-        following = [{"rel": "next", "href": f"{here}/search?page={number + 1}"}] if number < 3 else []
+        page = {"type": "FeatureCollection", "features": [found] if number <= 3 else []}
+        page = self.second if number == 2 else page
+        following = [{"rel": "next", "href": f"{here}/search?page={number + 1}"}] if number < self.last else []
         answer = page | {"links": following} if "/search" in self.path else about | {"links": [search]}
         data = json.dumps(answer).encode()
         self.send_response(200)
@@ -106,6 +108,13 @@ class Pages(RangeHandler):
 def test_an_empty_page_is_not_the_end(serve, tmp_path):
     address = serve(tmp_path, type("Empty", (Pages,), {"second": {"features": []}}))
     assert [i["id"] for i in search(BOX, "2023", stac=address)] == ["S2A_1", "S2A_3"]
+
+
+def test_empty_pages_without_an_end_end(serve, tmp_path):
+    address = serve(tmp_path, type("Endless", (Pages,), {"second": {"features": []}, "last": 10**6}))
+    assert [i["id"] for i in search(BOX, "2023", stac=address)] == ["S2A_1", "S2A_3"]
+    nothing = serve(tmp_path, type("Nothing", (Pages,), {"second": {"features": [], "links": None}}))
+    assert len(search(BOX, "2023", stac=nothing)) == 2
 
 
 @pytest.mark.parametrize("second", [{"features": None}, {"code": 500, "description": "try later"}])
