@@ -34,7 +34,6 @@ from .errors import DamagedTileError, InputError, StoreError
 from .files import TABLES, file_to_write, write_table
 from .grid import WINDOW, Grid, pixel_area_km2
 from .inference import NOT_OBSERVED, Settings, check_threshold, layout, mine_from, probability
-from .places import remove
 from .reader import Access
 from .running import run_tiles
 from .scenes import SOURCES, Period, Source
@@ -376,7 +375,7 @@ class Plan:
         for grid in self.grids:
             first = grid.group in self.job.series
             if (store.path / grid.group / "first_year").exists() != first:  # the map has other years now: all is new
-                remove(store.path / grid.group)
+                store.remove_zone(grid.group)
             store.add_change_zone(grid, self.parameters["chunk"], first_year=first)
         store.consolidate()
 

@@ -52,7 +52,7 @@ def place_of(name: str | Place) -> Place:
 
         options = ANEW | WHOLE.get(scheme, {}) | getattr(name, "storage_options", {})
         place = UPath(str(name).rstrip("/"), **options)
-        _ = place.fs
+        _ = place.fs  # here, where what it lacks can be told
     except ImportError as error:
         needed = f"pip install {SCHEMES[scheme]} universal-pathlib"
         raise InputError(f"{name} needs packages that are not installed: {needed} ({error})") from error
@@ -158,7 +158,7 @@ def put(place: UPath, data: bytes) -> None:
 
 def read_all(places: Sequence[Place]) -> Iterator[bytes | None]:
     """What many small files hold, in turn, None for those that are gone; many at a time in object storage."""
-    if all(isinstance(place, Path) for place in places[:1]):
+    if not places or isinstance(places[0], Path):
         yield from map(read, places)
         return
     with ThreadPoolExecutor(REQUESTS) as pool:

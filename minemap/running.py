@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 import dask
@@ -164,13 +164,13 @@ def _watched(
     folders = {path.parent for path in wanted}
 
     def look() -> None:
-        with suppress(Exception):  # a listing that fails must not end the run that it tells of
-            tell()
-
-    def tell() -> None:
-        if progress is not None:
+        if progress is None:
+            return
+        try:
             done = {path for folder in folders for path in folder.glob("[!.]*.json")}
-            progress(len(wanted & done), len(wanted))
+        except Exception:  # a listing that fails must not end the run that it tells of
+            return
+        progress(len(wanted & done), len(wanted))
 
     def watch() -> None:
         start = since = time.monotonic()

@@ -244,6 +244,11 @@ class Store:
         self._check_run()
         move(self.path / draft, grid.group, "zarr.json")
 
+    def remove_zone(self, group: str) -> None:
+        """Whatever the store has of a zone. Call it under `locked`."""
+        self._check_run()
+        remove(self.path / group)
+
     def add_period(self, group: str, period: Period) -> int:
         """Index of `period` on the group's time axis, appended when it is new. Call it under `locked`."""
         self._check_run()

@@ -200,11 +200,11 @@ def test_the_run_that_began_last_goes_on(two_years):
     assert parse_period("2024") not in store.periods(tile.group)
 
 
-def test_of_two_runs_at_once_none_spoils_the_other(copied, bucket, inner, options, tmp_path):
+def test_of_two_runs_at_once_none_spoils_the_other(bucket, inner, options, tmp_path):
     dates = ("2023-01/2023-08", "2023-05/2023-12")
     told = ["--stac", options["stac"], "--model", options["model"], "--chunk", 512, "--min-clear", 1, "--quiet"]
-    copied = f"{bucket}/two.zarr"
-    words = [["map", "--bbox", *inner, "--date", date, "--out", copied, *told] for date in dates]
+    out = f"{bucket}/map.zarr"
+    words = [["map", "--bbox", *inner, "--date", date, "--out", out, *told] for date in dates]
     commands = [[sys.executable, "-m", "minemap", *map(str, line)] for line in words]
     runs = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
     ends = [(run.communicate()[1], run.returncode) for run in runs]
@@ -214,7 +214,7 @@ def test_of_two_runs_at_once_none_spoils_the_other(copied, bucket, inner, option
             assert "by a run that began after this one" in line or "at the same time" in line, line
             subprocess.run(command, check=True)
         mm.map_area(inner, date, tmp_path / "map.zarr", min_clear=1, **options)
-    there, here = mm.open_map(copied), mm.open_map(tmp_path / "map.zarr")
+    there, here = mm.open_map(out), mm.open_map(tmp_path / "map.zarr")
     np.testing.assert_array_equal(there.time_bounds, here.time_bounds)
     np.testing.assert_array_equal(there.probability, here.probability)
     assert float(abs(there.probability[0] - there.probability[1]).max()) > 0  # two dates that differ

@@ -301,14 +301,14 @@ def make_chips(
 def _target(out: str | Path, *, overwrite: bool) -> Store:
     """A store of which the folder beside it serves: lock, frozen scenes, and the chips until they are together."""
     target = Store.at(out)
-    local(target.path)
-    if target.path.suffix not in (".zarr", ".npz"):
-        raise InputError(f"output {target.path.name!r}: chips go to a name that ends in .zarr or .npz")
-    check_outside(target.path)
+    path = local(target.path)
+    if path.suffix not in (".zarr", ".npz"):
+        raise InputError(f"output {path.name!r}: chips go to a name that ends in .zarr or .npz")
+    check_outside(path)
     if target.exists() and not overwrite:
-        raise StoreError(f"{target.path} exists: choose another output, or give --overwrite")
-    if target.path.exists() and not is_chips(local(target.path)):
-        raise StoreError(f"{target.path} is not a set of chips: choose another output")
+        raise StoreError(f"{path} exists: choose another output, or give --overwrite")
+    if path.exists() and not is_chips(path):
+        raise StoreError(f"{path} is not a set of chips: choose another output")
     return target
 
 
